@@ -1,0 +1,71 @@
+"""Errors that say what was given, what is allowed, and what to do.
+
+Every class is a `DropkitError` and also the built-in error a caller would expect, so that
+`except ValueError` keeps working. The command line turns any of them into one line and exit status 2.
+"""
+
+from __future__ import annotations
+
+
+class DropkitError(Exception):
+    """Parent of everything dropkit raises on purpose."""
+
+
+class ProbabilityError(DropkitError, ValueError):
+    """A chance outside [0, 1]."""
+
+
+class ShapeError(DropkitError, ValueError):
+    """An array or tensor with other axes than the function works on."""
+
+
+class AddressError(DropkitError, ValueError):
+    """A field of a mask's address that is out of range, or an address drawn twice."""
+
+
+class OptionError(DropkitError, ValueError):
+    """An option with a value that is not allowed."""
+
+
+class NotProbabilitiesError(DropkitError, ValueError):
+    """Rows that were said to be class probabilities and are not."""
+
+
+class NoMaskError(DropkitError, ValueError):
+    """A model in which no mask acts: every member would be the same network."""
+
+
+class TableError(DropkitError, ValueError):
+    """A table that cannot be read, learned from, or predicted."""
+
+
+class ModelDirectoryError(DropkitError, ValueError):
+    """A model directory that is damaged, incomplete, altered, or of a newer schema."""
+
+
+class OutputError(DropkitError, OSError):
+    """A result that could not be written: the path exists, or the disk refused."""
+
+
+class DropkitWarning(UserWarning):
+    """Something that was done as asked, yet is probably not what was meant."""
+
+
+class MissingExtraError(DropkitError, ImportError):
+    """An optional package is not installed."""
+
+
+def check_probability(p: float, name: str = "p") -> float:
+    """Return p as a float, or say what is wrong with it.
+
+    Raises:
+        ProbabilityError: p is not a number in [0, 1].
+    """
+    try:
+        value = float(p)
+    except (TypeError, ValueError):
+        raise ProbabilityError(f"{name}={p!r} was given; a probability is a number in [0, 1].") from None
+    if not 0.0 <= value <= 1.0:  # stated as what is allowed, so NaN fails too
+        hint = f"As a percentage, write {value / 100}." if 2 <= value <= 100 else "Give the chance to drop, not to keep."
+        raise ProbabilityError(f"{name}={p!r} was given; a probability lies in [0, 1]. {hint}")
+    return value

@@ -1,0 +1,251 @@
+"""Numba kernels: bits, comparison and scaling in one pass over memory; bit for bit the masks of `philox.py`.
+
+The floor of a call on n elements of b bytes is one read and one write, 2 n b bytes, and n / 8 Philox blocks of
+ten rounds. Nothing else is written, and no mask is stored.
+
+All kernels see one layout, (A, R, B, row):
+    A   groups that differ in their address (vmapped members or keys), each with a key and a member;
+    R   replicas that share the bits of their group (vmapped inputs, candidate networks), each with its own rate;
+    B   rows, each with its sample id (1 where the mask is shared over the batch);
+    row the elements of one sample, contiguous.
+
+What makes LLVM vectorise: each 32-bit Philox word lives in a 64-bit lane and is masked before the multiply; the
+loop runs over 64 counters with the ten rounds inside; the bits go through a small buffer that a second loop
+applies in contiguous slices.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+
+from dropkit.masks.philox import LANES, MULTIPLIER_0, MULTIPLIER_1, REFINE, ROUNDS, WEYL_0, WEYL_1, WORD
+
+Array = np.ndarray[Any, Any]
+
+BATCH = 64  # counters drawn at a time: their words fill a few vector registers, their lanes 1 KiB
+PARALLEL_ELEMENTS = 1 << 17  # below this a second thread costs more than it brings (about 40 us to wake it)
+EVERYTHING = 1 << 16  # the threshold that drops every lane
+
+_U = np.uint64
+_WORD, _HALF = _U(WORD), _U(32)
+_M0, _M1, _W0, _W1 = _U(MULTIPLIER_0), _U(MULTIPLIER_1), _U(WEYL_0), _U(WEYL_1)
+_REFINE = _U(REFINE)
+
+
+@njit(nogil=True, cache=True, inline="never")
+def _philox_batch(block: Array, sample: Array, key: np.uint64, member: np.uint64, step: np.uint64, words: Array) -> None:
+    """Fill `words` (2 BATCH,) uint64 with the blocks of BATCH counters, two 64-bit words each."""
+    for i in range(BATCH):
+        c0 = block[i]
+        c1 = sample[i] & _WORD
+        c2 = step
+        c3 = (sample[i] >> _HALF) | (member << _U(8))
+        k0, k1 = key & _WORD, key >> _HALF
+        for _ in range(ROUNDS):
+            product_0, product_1 = c0 * _M0, c2 * _M1
+            c0 = (product_1 >> _HALF) ^ c1 ^ k0
+            c1 = product_1 & _WORD
+            c2 = (product_0 >> _HALF) ^ c3 ^ k1
+            c3 = product_0 & _WORD
+            k0, k1 = (k0 + _W0) & _WORD, (k1 + _W1) & _WORD
+        words[2 * i] = c0 | (c1 << _HALF)
+        words[2 * i + 1] = c2 | (c3 << _HALF)
+
+
+@njit(nogil=True, cache=True)
+def _dropped_by_refinement(lane: Array, second: Array, fine: int) -> None:
+    """Turn the lanes of a rate below 2**-16 into 0 (dropped) and 1 (kept), to be compared with t = 1."""
+    for i in range(len(lane)):
+        lane[i] = 0 if lane[i] == 0 and second[i] < fine else 1
+
+
+@njit(nogil=True, cache=True)
+def _apply(x: Array, out: Array, lane: Array, t: int, scale: float) -> None:
+    """out = x * scale where lane >= t, else 0: a dropped NaN or infinity is 0."""
+    zero, factor = x.dtype.type(0), x.dtype.type(scale)
+    if t == 0:
+        for i in range(len(x)):
+            out[i] = x[i] * factor
+    else:
+        limit = np.uint16(t)
+        for i in range(len(x)):
+            out[i] = x[i] * factor if lane[i] >= limit else zero
+
+
+@njit(nogil=True, cache=True)
+def _counters(first: int, per_row: int, ids: Array, block: Array, sample: Array) -> None:
+    """Block index and sample id of the BATCH blocks that begin at `first`; those past the end are not used."""
+    b, j = first // per_row, first % per_row
+    if j + BATCH <= per_row:  # all in one row
+        for i in range(BATCH):
+            block[i] = _U(j + i)
+        sample[:] = ids[b]
+    else:
+        last = len(ids) - 1
+        for i in range(BATCH):
+            block[i], sample[i] = _U(j), ids[min(b, last)]
+            j += 1
+            if j == per_row:
+                b, j = b + 1, 0
+
+
+@njit(nogil=True, cache=True)
+def _apply_narrow(x: Array, out: Array, lane: Array, rows: int, width: int, t: int, scale: float) -> None:
+    """`_apply` to whole rows of at most eight elements, each with a block of its own."""
+    zero, factor = x.dtype.type(0), x.dtype.type(scale)
+    for b in range(rows):
+        for e in range(width):
+            out[b * width + e] = x[b * width + e] * factor if lane[b * LANES + e] >= t else zero
+
+
+@njit(nogil=True, cache=True)
+def dropout_rows(
+    x: Array, x_group: int, x_replica: int, out: Array, keys: Array, members: Array, samples: Array, step: int,
+    t: Array, fine: Array, scale: Array, rows: int, width: int, start: int, stop: int,
+) -> None:  # fmt: skip
+    """Elementwise dropout of the blocks `start` to `stop` of every group.
+
+    Args:
+        x: flat input; group a, replica r, row b begins at a x_group + r x_replica + b width.
+        out: flat output, (A, R, rows, width).
+        keys, members: (A,) uint64.
+        samples: (A or 1, rows) uint64.
+        step: one number for all.
+        t, fine, scale: (A, R).
+        rows, width: B and the elements of a row.
+        start, stop: range of blocks among the rows * ceil(width / 8) of a group; the unit that threads share out.
+    """
+    per_row = (width + LANES - 1) // LANES
+    groups, replicas = t.shape
+    block, sample = np.empty(BATCH, np.uint64), np.empty(BATCH, np.uint64)
+    words, second = np.empty(2 * BATCH, np.uint64), np.empty(2 * BATCH, np.uint64)
+    lane, second_lane, plain = words.view(np.uint16), second.view(np.uint16), np.empty(LANES * BATCH, np.uint16)
+    for a in range(groups):
+        ids = samples[min(a, len(samples) - 1)]
+        for first in range(start, stop, BATCH):
+            last = min(first + BATCH, stop)
+            _counters(first, per_row, ids, block, sample)
+            _philox_batch(block, sample, keys[a], members[a], _U(step), words)
+            refined = False
+            for r in range(replicas):
+                if fine[a, r] > 0 and not refined:
+                    for i in range(BATCH):
+                        block[i] |= _REFINE
+                    _philox_batch(block, sample, keys[a], members[a], _U(step), second)
+                    refined = True
+            for r in range(replicas):
+                use, limit = lane, t[a, r]
+                if fine[a, r] > 0:
+                    plain[:] = lane
+                    _dropped_by_refinement(plain, second_lane, fine[a, r])
+                    use, limit = plain, 1
+                x_base, out_base = a * x_group + r * x_replica, (a * replicas + r) * rows * width
+                if per_row == 1 and limit < EVERYTHING:
+                    begin, end = first * width, last * width
+                    source, target = x[x_base + begin : x_base + end], out[out_base + begin : out_base + end]
+                    _apply_narrow(source, target, use, last - first, width, limit, scale[a, r])
+                    continue
+                position = first
+                while position < last:  # the part of the batch that lies in one row
+                    row, j = position // per_row, position % per_row
+                    count = min(last - position, per_row - j)
+                    begin = row * width + j * LANES
+                    length = min(count * LANES, width - j * LANES)
+                    offset = (position - first) * LANES
+                    target = out[out_base + begin : out_base + begin + length]
+                    if limit >= EVERYTHING:
+                        target[:] = 0
+                    else:
+                        source = x[x_base + begin : x_base + begin + length]
+                        _apply(source, target, use[offset : offset + length], limit, scale[a, r])
+                    position += count
+
+
+@njit(nogil=True, cache=True)
+def dropout_shared(
+    x: Array, x_group: int, x_replica: int, out: Array, keep: Array, scale: Array, replicas: int, rows: int,
+    mask_width: int, sizes: Array, strides: Array, start: int, stop: int,
+) -> None:  # fmt: skip
+    """Dropout whose mask is constant along some dimensions, by index arithmetic.
+
+    Args:
+        x, out: as in `dropout_rows`; a row has the collapsed sizes (n0, n1, n2, n3).
+        keep: flat (A, R, rows, mask_width) uint8.
+        scale: flat (A R,).
+        replicas, rows, mask_width: R, B and the elements of one sample's mask.
+        sizes, strides: (4,) collapsed dims of a row and their strides in the mask, 0 where it is shared.
+        start, stop: range among the A R rows n0 outermost slices; the unit that threads share out.
+    """
+    n0, n1, n2, n3 = sizes[0], sizes[1], sizes[2], sizes[3]
+    slice_size = n1 * n2 * n3
+    zero = x.dtype.type(0)
+    for index in range(start, stop):
+        i0 = index % n0
+        b = (index // n0) % rows
+        ar = index // (n0 * rows)
+        a, r = ar // replicas, ar % replicas
+        mask = keep[(ar * rows + b) * mask_width : (ar * rows + b + 1) * mask_width]
+        factor = x.dtype.type(scale[ar])
+        x_row = a * x_group + r * x_replica + (b * n0 + i0) * slice_size
+        out_row = index * slice_size
+        for i1 in range(n1):
+            for i2 in range(n2):
+                m = i0 * strides[0] + i1 * strides[1] + i2 * strides[2]
+                at = (i1 * n2 + i2) * n3
+                source, target = x[x_row + at : x_row + at + n3], out[out_row + at : out_row + at + n3]
+                if strides[3] == 0:
+                    if mask[m]:
+                        for i in range(n3):
+                            target[i] = source[i] * factor
+                    else:
+                        target[:] = zero
+                else:
+                    line = mask[m : m + n3]
+                    for i in range(n3):
+                        target[i] = source[i] * factor if line[i] else zero
+
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def _forget_pool() -> None:
+    """Threads do not survive a fork; the child starts its own when it needs them."""
+    global _pool
+    _pool = None
+
+
+os.register_at_fork(after_in_child=_forget_pool)
+
+
+def in_parallel(run: Callable[[int, int], None], units: int, elements: int, grain: int = 1) -> None:
+    """Call run(start, stop) over all units, on as many threads as torch is set to use.
+
+    The kernels release the interpreter lock, so plain threads share the work. (Numba's own thread layers either
+    break after a fork or refuse two callers at a time.)
+
+    Args:
+        run: does the units start <= i < stop.
+        units: how many there are.
+        elements: size of the work, which decides whether threads are worth waking.
+        grain: starts are multiples of this, so that a split falls between batches of counters.
+    """
+    global _pool
+    threads = min(torch.get_num_threads(), elements // PARALLEL_ELEMENTS + 1, max(units // grain, 1))
+    if threads <= 1:
+        run(0, units)
+        return
+    if _pool is None:
+        _pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="dropkit")
+    share = -(-units // threads // grain) * grain if units // threads >= grain else grain
+    starts = list(range(share, units, share))
+    futures: list[Future[None]] = [_pool.submit(run, i, min(i + share, units)) for i in starts]
+    run(0, min(share, units))
+    for future in futures:
+        future.result()

@@ -1,0 +1,312 @@
+"""The torch operator over the kernels: `dropkit::dropout`, deterministic, because its address is an input.
+
+    y[k, b, e] = x[k, b, e] * scale[k]  where the mask at (key[k], member[k], sample[b], step) keeps e, else 0
+
+Backward is the same operator on the gradient: nothing is saved but the address. Under torch.func.vmap a batched
+key or member gives masks of their own, and everything that is not batched is computed once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dropkit.errors import AddressError, ShapeError
+from dropkit.masks import cpu
+from dropkit.masks.address import SAMPLES
+from dropkit.masks.philox import LANES, survivor_scale, threshold
+
+Array = np.ndarray[Any, Any]
+
+_KERNEL_DTYPES = (torch.float32, torch.float64)
+_COLLAPSED_DIMS = 4
+
+# K, the leading axis of every batched argument, is either one and the same size or 1.
+_library = torch.library.Library("dropkit", "DEF")
+_library.define(
+    "dropout(Tensor x, Tensor key, Tensor member, Tensor p, Tensor? samples, SymInt step, SymInt row_offset, "
+    "int[] shared) -> Tensor"
+)
+
+
+def normalise_shared(shared: Sequence[int], ndim: int) -> tuple[int, ...]:
+    """Dims along which the mask is constant, as sorted non-negative numbers.
+
+    Raises:
+        ShapeError: a dim that x does not have.
+    """
+    for dim in shared:
+        if not -ndim <= dim < ndim:
+            raise ShapeError(f"shared={tuple(shared)} was given for an input with {ndim} dims; allowed: {-ndim} to {ndim - 1}.")
+    return tuple(sorted({dim % ndim for dim in shared}))
+
+
+@lru_cache(maxsize=4096)
+def _quantised(p: float) -> tuple[int, int, float]:
+    """Thresholds and scale of one rate, kept: a model asks for the same few again and again."""
+    rate = torch.tensor(p, dtype=torch.float64)
+    t, fine = threshold(rate)
+    return int(t), int(fine), float(survivor_scale(rate))
+
+
+@lru_cache(maxsize=256)
+def _quantised_rates(rates: tuple[float, ...], groups: int, replicas: int) -> tuple[Array, Array, Array]:
+    """t, fine (int64) and scale (float64), each (A, R), of the rates of all networks; read, never written."""
+    if len(rates) == 1:
+        rates *= groups * replicas
+    t, fine, scale = (np.array(column).reshape(groups, replicas) for column in zip(*map(_quantised, rates), strict=True))
+    return t, fine, scale
+
+
+def _row_ids(samples: Tensor | None, rows: int, row_offset: int, batch_shared: bool) -> Array:
+    """(1 or A, B) uint64."""
+    if batch_shared:
+        return np.zeros((1, 1), np.uint64)
+    if samples is None:
+        if row_offset + rows > SAMPLES:
+            raise AddressError(f"{rows} rows from row_offset={row_offset} on were given; a row id lies in [0, 2**40).")
+        return np.arange(row_offset, row_offset + rows, dtype=np.uint64).reshape(1, rows)
+    ids = np.ascontiguousarray(samples.numpy()).view(np.uint64)
+    if ids.shape[-1] != rows:
+        raise ShapeError(f"{ids.shape[-1]} sample ids were given for {rows} rows; one id for each row is needed.")
+    return ids.reshape(-1, rows)
+
+
+def _per_group(values: Tensor, groups: int) -> Array:
+    """(A,) uint64 of a key or member, one for each group of bits."""
+    words = np.ascontiguousarray(values.numpy()).view(np.uint64).reshape(-1)
+    return words if len(words) == groups else np.repeat(words, groups)
+
+
+def _collapse(sizes: Sequence[int], shared: Sequence[bool]) -> tuple[list[int], list[int]] | None:
+    """Merge neighbouring dims of one kind; sizes and mask strides of at most four, or None where more alternate."""
+    merged: list[tuple[int, bool]] = []
+    for size, is_shared in zip(sizes, shared, strict=True):
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == is_shared:
+            merged[-1] = (merged[-1][0] * size, is_shared)
+        else:
+            merged.append((size, is_shared))
+    if len(merged) > _COLLAPSED_DIMS:
+        return None
+    strides, stride = [], 1
+    for size, is_shared in reversed(merged):
+        strides.append(0 if is_shared else stride)
+        stride *= 1 if is_shared else size
+    padding = _COLLAPSED_DIMS - len(merged)
+    return [1] * padding + [size for size, _ in merged], [0] * padding + strides[::-1]
+
+
+def dropout_cpu(
+    x: Tensor, key: Tensor, member: Tensor, p: Tensor, samples: Tensor | None, step: int, row_offset: int,
+    shared: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """`dropkit::dropout` on a CPU for one x, or for K of them at once on a leading axis.
+
+    Args:
+        x: (*shape), or (1 or K, *shape) when any other argument has its leading K.
+        key, member, p: () or (1 or K,).
+        samples: (B,) or (1 or K, B), or None for row_offset, row_offset + 1, ...
+        step, row_offset: numbers.
+        shared: dims of *shape along which the mask is constant; 0 among them means sample 0 for all.
+
+    Returns:
+        (*shape), or (K, *shape).
+    """
+    batched = key.ndim > 0  # the vmap rule gives all of x, key, member and p a leading axis, or none
+    shape = x.shape[1:] if batched else x.shape
+    networks = 1
+    if batched:
+        networks = max(x.shape[0], key.shape[0], member.shape[0], p.shape[0])
+        if samples is not None and samples.ndim > 1:
+            networks = max(networks, samples.shape[0])
+    one_input = not batched or x.shape[0] == 1
+    out = torch.empty_like(x) if not batched or x.shape[0] == networks else x.new_empty((networks, *shape))
+    if out.numel() == 0:
+        return out
+    ids = _row_ids(samples, shape[0] if shape else 1, row_offset, 0 in shared)
+    own_bits = batched and (key.shape[0] > 1 or member.shape[0] > 1 or len(ids) > 1)
+    groups, replicas = (networks, 1) if own_bits else (1, networks)
+    rates = p.tolist()
+    t, fine, scale = _quantised_rates(tuple(rates) if batched else (rates,), groups, replicas)
+    address = (_per_group(key, groups), _per_group(member, groups), ids, step, t, fine)
+    strides = (0, 0) if one_input else (math.prod(shape), 0) if own_bits else (0, math.prod(shape))
+    _fill(x.detach(), strides, out, shape, address, scale, shared)
+    return out
+
+
+def _fill(
+    x: Tensor, strides: tuple[int, int], out: Tensor, shape: Sequence[int], address: tuple[Any, ...], scale: Array,
+    shared: Sequence[int],
+) -> None:  # fmt: skip
+    """Write dropout of x into out, (A R, *shape); `cpu.py` has the layout and the meaning of the address."""
+    groups, replicas = scale.shape
+    rows = address[2].shape[1]
+    first = 0 if 0 in shared else 1  # where the mask is shared over the batch, dim 0 is part of the one "row"
+    row_sizes = shape[first:]
+    row_shared = [dim in shared for dim in range(first, len(shape))]
+    width = math.prod(n for n, is_shared in zip(row_sizes, row_shared, strict=True) if not is_shared)
+    fused = x.dtype in _KERNEL_DTYPES and x.is_contiguous() and out.is_contiguous()
+    if fused and not any(row_shared):
+        _elementwise(x.numpy().reshape(-1), strides, out.numpy().reshape(-1), address, scale, rows, width)
+        return
+    keep = torch.empty((groups * replicas, rows, width), dtype=torch.uint8)
+    ones = np.ones(rows * width, np.uint8)
+    _elementwise(ones, (0, 0), keep.numpy().reshape(-1), address, np.ones_like(scale), rows, width)
+    collapsed = _collapse(row_sizes, row_shared)
+    if fused and collapsed is not None:
+        sizes, mask_strides = np.array(collapsed[0]), np.array(collapsed[1])
+        source, target, mask = x.numpy().reshape(-1), out.numpy().reshape(-1), keep.numpy().reshape(-1)
+        factors = scale.reshape(-1)
+
+        def run(start: int, stop: int) -> None:
+            cpu.dropout_shared(
+                source, *strides, target, mask, factors, replicas, rows, width, sizes, mask_strides, start, stop
+            )
+
+        cpu.in_parallel(run, groups * replicas * rows * collapsed[0][0], out.numel())
+        return
+    # Other dtypes and memory formats: torch multiplies, in whatever order the memory lies.
+    out = out.view(groups * replicas, *shape) if out.dim() == len(shape) else out
+    lead = [rows] if first else []
+    mask_shape = [1 if is_shared else n for n, is_shared in zip(row_sizes, row_shared, strict=True)]
+    factor = torch.from_numpy(scale).reshape(-1, *[1] * len(shape))
+    torch.mul(x, factor.to(out.real.dtype if out.is_complex() else out.dtype), out=out)
+    out.masked_fill_(keep.view(-1, *(lead if shape else []), *mask_shape) == 0, 0)
+
+
+def _elementwise(
+    source: Array, strides: tuple[int, int], target: Array, address: tuple[Any, ...], scale: Array, rows: int, width: int
+) -> None:
+    """`cpu.dropout_rows` on as many threads as the work is worth."""
+    keys, members, ids, step, t, fine = address
+
+    def run(start: int, stop: int) -> None:
+        cpu.dropout_rows(
+            source, *strides, target, keys, members, ids, step, t, fine, scale, rows, width, start, stop
+        )
+
+    cpu.in_parallel(run, rows * -(-width // LANES), len(target), grain=cpu.BATCH)
+
+
+_library.impl("dropout", dropout_cpu, "CPU")
+_operator = torch.ops.dropkit.dropout.default
+
+
+def _dropout_fake(
+    x: Tensor, key: Tensor, member: Tensor, p: Tensor, samples: Tensor | None, step: int, row_offset: int,
+    shared: Sequence[int],
+) -> Tensor:  # fmt: skip
+    if key.ndim == 0:
+        return torch.empty_like(x)
+    networks = max(len(x), len(key), len(member), len(p), len(samples) if samples is not None and samples.ndim > 1 else 1)
+    return torch.empty_like(x) if len(x) == networks else x.new_empty((networks, *x.shape[1:]))
+
+
+torch.library.register_fake("dropkit::dropout", _dropout_fake, lib=_library)
+
+
+class _Eager(torch.autograd.Function):
+    """Reverse mode alone, for calls outside torch.func: a third of the overhead of `_Transformable`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *address: Any) -> Tensor:
+        ctx.address = address  # neither x nor the mask; no tensor in it is ever written
+        return _operator(x, *address)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return dropout(gradients[0], *ctx.address), None, None, None, None, None, None, None
+
+
+class _Transformable(torch.autograd.Function):
+    """Derivatives and vmap for torch.func. Dropout is linear in x: every derivative is dropout again."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _operator(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, key, member, p, samples, *ctx.rest = inputs
+        ctx.save_for_backward(key, member, p, samples)  # the address; neither x nor the mask
+        ctx.save_for_forward(key, member, p, samples)
+        ctx.expanded = x.shape != output.shape
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        result = dropout(gradients[0], *ctx.saved_tensors, *ctx.rest)
+        if ctx.expanded:  # one x went through K masks
+            result = result.sum(dim=0, keepdim=True)
+        return result, None, None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return dropout(tangent, *ctx.saved_tensors, *ctx.rest)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        return _vmap(info, in_dims, *args)
+
+
+def dropout(
+    x: Tensor, key: Tensor, member: Tensor, p: Tensor, samples: Tensor | None, step: int, row_offset: int,
+    shared: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """`dropkit::dropout` with derivatives of every order, forward mode and vmap; arguments as in `dropout_cpu`."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    if torch._C._are_functorch_transforms_active() or forward_mode:
+        return _Transformable.apply(x, key, member, p, samples, step, row_offset, shared)
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Eager.apply(x, key, member, p, samples, step, row_offset, shared)
+    return _operator(x, key, member, p, samples, step, row_offset, shared)
+
+
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    """Put the vmapped axis first; an argument that is not batched stays one, and is used K times."""
+    x, key, member, p, samples, step, row_offset, shared = args
+    if key.ndim > (in_dims[1] is not None):  # the call has a leading axis already, from an inner vmap
+        return _nested_vmap(info, in_dims, *args)
+
+    def lead(tensor: Tensor, dim: int | None) -> Tensor:
+        return tensor[None] if dim is None else tensor.movedim(dim, 0)
+
+    ids = samples if samples is None or in_dims[4] is None else samples.movedim(in_dims[4], 0)
+    batched = [lead(tensor, dim) for tensor, dim in zip((x, key, member, p), in_dims[:4], strict=True)]
+    out = dropout(*batched, ids, step, row_offset, shared)
+    if len(out) != info.batch_size:  # only one of K was there: samples of size one, or a vmap of size one
+        out = out.expand(info.batch_size, *out.shape[1:])
+    return out, 0
+
+
+def _nested_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+    """A second vmapped axis: both axes become one, (outer, inner) in row-major order."""
+    x, key, member, p, samples, step, row_offset, shared = args
+    outer = info.batch_size
+    tensors, dims = [x, key, member, p], in_dims[:4]
+    plain = [t if d is None else t.movedim(d, 0) for t, d in zip(tensors, dims, strict=True)]
+    inner = max(t.shape[0 if d is None else 1] for t, d in zip(plain, dims, strict=True))
+
+    def merge(tensor: Tensor, dim: int | None) -> Tensor:
+        if dim is None:
+            tensor = tensor[None]
+        return tensor.expand(outer, inner, *tensor.shape[2:]).flatten(0, 1)
+
+    merged = [merge(t, d) for t, d in zip(plain, dims, strict=True)]
+    ids = samples
+    if samples is not None and (in_dims[4] is not None or samples.ndim > 1):
+        ids = samples if in_dims[4] is None else samples.movedim(in_dims[4], 0)
+        if in_dims[4] is None:
+            ids = ids[None]
+        elif ids.ndim == 2:
+            ids = ids[:, None]
+        ids = ids.expand(outer, inner, ids.shape[-1]).flatten(0, 1)
+    out = dropout(*merged, ids, step, row_offset, shared)
+    return out.unflatten(0, (outer, inner)), 0

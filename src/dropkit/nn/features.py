@@ -1,0 +1,96 @@
+"""Dropout of single features: the original form, one mask element for each activation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dropkit.errors import check_probability
+from dropkit.masks import address, ops
+from dropkit.nn.layer import StochasticLayer
+
+
+def dropout(
+    x: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    shared: Sequence[int] = (),
+    site: str | None = None,
+    owner: object | None = None,
+) -> Tensor:
+    """Inverted dropout: drop elements, and scale what stays so that the mean is kept.
+
+    y[b, e] = x[b, e] * keep[b, e] / (1 - p),    keep[b, e] ~ Bernoulli(1 - p)
+
+    The rate is rounded to a multiple of 2**-16 (below that, of 2**-32), and the scale is that of the rounded rate.
+    A higher p keeps the dropped set and adds to it. A dropped NaN or infinity is 0, and its gradient is 0.
+
+    Args:
+        x: (B, *features), any floating or complex dtype; dim 0 counts the rows.
+        p: chance to drop, in [0, 1]; a number, or a 0-d tensor (one for each network under torch.func.vmap).
+        training: False gives x back.
+        inplace: write the result into x.
+        shared: dims along which one mask serves all; with 0 among them, all rows.
+        site: name of this place in the model; by default its order in the pass.
+        owner: the layer that asks, which may ask more than once in a pass.
+
+    Returns:
+        (B, *features), dtype, device and memory format of x.
+
+    Raises:
+        ProbabilityError: p is outside [0, 1].
+        ShapeError: a shared dim that x does not have, or samples that are not one for each row.
+        AddressError: the same address was drawn twice in one `masks` context.
+
+    Source: Srivastava et al. 2014, JMLR 15; inverted scaling as in torch.nn.functional.dropout.
+
+    Example:
+        >>> import torch, dropkit as dk
+        >>> with dk.masks(seed=0):
+        ...     dk.functional.dropout(torch.ones(2, 4), p=0.5)
+        tensor([[2., 0., 0., 0.],
+                [2., 2., 2., 0.]])
+    """
+    if isinstance(p, Tensor):
+        rate = p.to(torch.float64)
+    else:
+        rate = torch.tensor(check_probability(p), dtype=torch.float64)
+    if not training:
+        return x
+    where = address.draw(owner, site)
+    if not isinstance(p, Tensor) and rate == 0:
+        return x  # as torch does; and under vmap a tensor that no mask touches stays unbatched
+    dims = set(shared) | ({0} if where.batch_shared and x.ndim else set())
+    result = ops.dropout(
+        x, where.key, where.member, rate, where.samples, where.step, where.row_offset,
+        ops.normalise_shared(sorted(dims), x.ndim),
+    )  # fmt: skip
+    return x.copy_(result) if inplace else result
+
+
+class Dropout(StochasticLayer):
+    """Drop-in for torch.nn.Dropout; the layer around `dropout`.
+
+    Acts in training mode, and in evaluation when a committee member is asked for (`dk.masks(member=...)`).
+
+    Args:
+        p: chance to drop, in [0, 1].
+        inplace: write the result into the input.
+    """
+
+    def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
+        super().__init__()
+        self.p = check_probability(p)
+        self.inplace = inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *features) -> the same shape; the identity while nobody asks for noise."""
+        return dropout(x, self.p, self.active, self.inplace, site=self.site, owner=self)
+
+    def extra_repr(self) -> str:
+        """p and inplace, as torch.nn.Dropout shows them."""
+        return f"p={self.p}, inplace={self.inplace}"
