@@ -1,0 +1,44 @@
+"""How the documentation is built: sphinx, furo, myst; no network, no LaTeX, equations as text."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import dropkit
+
+sys.path.insert(0, str(Path(__file__).parent / "extensions"))
+
+project = "dropkit"
+author = "The dropkit maintainers"
+copyright = "The dropkit maintainers, Apache-2.0"
+version = release = dropkit.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "plain_docstrings",  # before napoleon: it has to see our docstrings first
+    "sphinx.ext.napoleon",
+    "command_help",
+]
+exclude_patterns = ["_build", "extensions"]
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+default_role = "code"
+
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+autodoc_member_order = "bysource"
+autodoc_class_signature = "mixed"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+napoleon_custom_sections = [("Source", "returns_style")]
+
+smartquotes = False
+html_theme = "furo"
+html_title = f"dropkit {version}"
+html_copy_source = False
+html_show_sourcelink = False

@@ -1,0 +1,208 @@
+"""The command line: a thin door. Each command is a public function of `jobs` plus printing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dropkit.errors import DropkitError, OptionError
+
+if TYPE_CHECKING:
+    from dropkit.training import Progress
+
+app = typer.Typer(
+    name="dropkit", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Dropout for tables: predictions that know what they don't know.",
+)  # fmt: skip
+
+
+class Task(StrEnum):
+    """What kind of target it is."""
+
+    auto = "auto"
+    regression = "regression"
+    classification = "classification"
+
+
+class Effort(StrEnum):
+    """How many candidates and epochs."""
+
+    quick = "quick"
+    normal = "normal"
+    thorough = "thorough"
+
+
+Table = Annotated[Path | None, typer.Argument(help="CSV or Parquet file; without one, a real data set that comes along.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Header = Annotated[
+    bool | None,
+    typer.Option("--header/--no-header", help="Whether the first row names the columns.", show_default="found from the rows"),
+]
+
+
+@app.callback()
+def dropkit() -> None:
+    """Dropout for tables: predictions that know what they don't know."""
+
+
+@app.command()
+def fit(
+    table: Table = None,
+    target: Annotated[str | None, typer.Option(help="Column to predict.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(help="Model directory to write; the report lies in it.")] = Path("model"),
+    task: Annotated[Task, typer.Option(help="What kind of target it is.")] = Task.auto,
+    rate: Annotated[str, typer.Option(help="Chance to drop a hidden unit, or auto: rates compete.")] = "auto",
+    members: Annotated[int, typer.Option(min=4, help="Thinned networks in the committee.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Of splits, weights and masks.")] = 0,
+    effort: Annotated[Effort, typer.Option(help="How many candidates and epochs.")] = Effort.normal,
+    max_epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the rows at most.", show_default="from their number")
+    ] = None,
+    test_share: Annotated[float, typer.Option(help="Share of rows held out for the report.")] = 0.2,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="COLUMN=number, category, boolean or date, where you know better; repeatable."),
+    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Column to leave out; repeatable.")] = None,
+    header: Header = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Learn a column of TABLE: train, choose the rate, calibrate, write a model and its report."""
+    with _one_line_errors():
+        from dropkit.jobs import DEMO_TARGET, FitOptions, demo_table, fit_table
+        from dropkit.report import to_text
+
+        if table is None and target not in (None, DEMO_TARGET):
+            raise OptionError(f"--target {target} was given without a table. Give the CSV or Parquet file that holds it.")
+        if table is not None and target is None:
+            raise OptionError(f"{table} was given without a target. Say which column to predict: --target COLUMN.")
+        options = FitOptions(
+            task=task.value,
+            rate=_rate(rate),
+            members=members,
+            seed=seed,
+            max_epochs=max_epochs,
+            test_share=test_share,
+            effort=effort.value,
+            kinds=dict(map(_kind, kind or [])),
+            ignore=tuple(ignore or ()),
+            header="auto" if header is None else header,
+        )
+        with _progress() as (say, progress):
+            report = fit_table(
+                demo_table() if table is None else table, target or DEMO_TARGET, out, options, force=force,
+                command=_command(), say=say, progress=progress,
+            )  # fmt: skip
+        if as_json:
+            typer.echo(report.to_json())
+            return
+        typer.echo(to_text(report))
+        typer.echo(f"\nModel in {out}, report in {out / 'report.html'}.")
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="Directory that fit wrote.")],
+    table: Table = None,
+    out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("predictions.csv"),
+    header: Header = None,
+    chunk_rows: Annotated[int, typer.Option(min=1, help="Rows read at a time; changes nothing in the output.")] = 65_536,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Predict every row of TABLE: adds mean, spread and interval, or class probabilities and entropy."""
+    with _one_line_errors():
+        from dropkit.jobs import demo_table, predict_table
+        from dropkit.jobs import as_json as plain
+
+        summary = predict_table(
+            model, demo_table() if table is None else table, out, force=force,
+            header="auto" if header is None else header, chunk_rows=chunk_rows,
+        )  # fmt: skip
+        if as_json:
+            typer.echo(json.dumps(plain(summary), ensure_ascii=False))
+            return
+        for note in summary.notes:
+            typer.echo(note, err=True)
+        typer.echo(f"{summary.rows:,} rows predicted into {out}: {', '.join(summary.columns[:8])}"
+                   f"{' ...' if len(summary.columns) > 8 else ''}.")
+
+
+def _rate(given: str) -> Any:
+    if given == "auto":
+        return given
+    try:
+        return float(given)
+    except ValueError:
+        raise OptionError(f"--rate {given} was given; it is auto or a number from 0 to below 1.") from None
+
+
+def _kind(given: str) -> tuple[str, str]:
+    name, equals, kind = given.rpartition("=")
+    if not equals:
+        raise OptionError(f"--kind {given} was given; write COLUMN=number, category, boolean or date.")
+    return name, kind
+
+
+def _command() -> str:
+    return shlex.join(["dropkit", *sys.argv[1:]])
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """A mistake of the caller is one line on standard error and exit status 2; nothing has been written."""
+    try:
+        yield
+    except DropkitError as error:
+        typer.echo("dropkit: " + " ".join(str(error).split()), err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("dropkit: interrupted before there was a model; nothing was written.", err=True)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[Progress], None] | None]]:
+    """What is decided goes to standard error; on a terminal a line says how the training goes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+
+    console = Console(stderr=True)
+
+    def say(sentence: str) -> None:
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+    if not console.is_terminal:
+        yield say, None
+        return
+    text = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn()
+    with Bar(*text, console=console, transient=True) as bar:
+        line = bar.add_task("reading", total=None, state="")
+
+        def progress(event: Progress) -> None:
+            what = "searching for the rate" if event.stage == "search" else "training"
+            best = f", best validation loss {event.best:.3f}" if event.best == event.best else ""
+            state = f"epoch {event.epoch} of {event.max_epochs}, {event.live} of {event.networks} networks{best}"
+            bar.update(line, description=what, total=event.max_epochs, completed=event.epoch, state=state)
+
+        yield say, progress
+
+
+def main() -> None:
+    """Entry of the `dropkit` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,402 @@
+"""The whole way of the data: a table to a model directory, and a table through a model to predictions."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import sklearn
+import torch
+
+from dropkit import training
+from dropkit.committee import ClassificationPrediction, Committee, ConformalInterval
+from dropkit.committee.calibrated import LEVEL, CalibratedCommittee
+from dropkit.errors import OptionError, OutputError, TableError
+from dropkit.evaluation import Split, compare, evaluate_classification, evaluate_regression, spread_by_members
+from dropkit.report import (
+    ColumnSummary,
+    DataSummary,
+    FitReport,
+    LearningCurves,
+    ModelSummary,
+    Search,
+    Timing,
+    Trial,
+    to_html,
+    to_text,
+)
+from dropkit.tables.columns import describe_columns
+from dropkit.tables.directory import check_output, write_directory, write_file
+from dropkit.tables.encoder import Encoder
+from dropkit.tables.model import Seen, TableModel
+from dropkit.tables.reading import from_frame, open_table
+from dropkit.tables.source import CHUNK_ROWS, TableSource
+from dropkit.tables.stream import EncodedTable, encode_stream
+from dropkit.tables.target import Target, describe_target
+from dropkit.training import Fit, Progress, divide_rows
+from dropkit.training.fit import Effort
+from dropkit.training.network import Likelihood
+
+Header = bool | Literal["auto"]
+
+LEAST_ROWS = 20  # fewer cannot be divided into rows to learn from, to stop and calibrate by, and to test on
+CALIBRATION_ROWS = 9  # the least from which a conformal 90 % interval can be had
+SAMPLE_ROWS = 100_000  # columns are described, and their encoding learned, from so many rows at most
+MOST_TEST_ROWS = 20_000
+IN_MEMORY = 1 << 28  # bytes of encoded table; a larger one is a file that is mapped
+SHOWN_CELLS = 4  # columns shown of the least certain rows
+DEMO_TARGET = "progression"
+
+
+@dataclass(frozen=True, slots=True)
+class FitOptions:
+    """How to fit; what is not said is chosen from the data.
+
+    Attributes:
+        task: "auto", "regression" or "classification".
+        rate: chance to drop a hidden unit, or "auto": rates compete.
+        members: networks in the committee.
+        seed: of splits, weights and masks, 64 bits.
+        max_epochs: passes over the training rows at most.
+        test_share: rows held out for the report, at most 20 000 of them.
+        effort: how many candidates and epochs.
+        kinds: {column: "number", "category", "boolean" or "date"} where the caller knows better.
+        ignore: columns to leave out.
+        header: whether the first row names the columns.
+    """
+
+    task: str = "auto"
+    rate: float | Literal["auto"] = "auto"
+    members: int = 64
+    seed: int = 0
+    max_epochs: int | None = None
+    test_share: float = 0.2
+    effort: Effort = "normal"
+    kinds: Mapping[str, str] | None = None
+    ignore: Sequence[str] = ()
+    header: Header = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class PredictSummary:
+    """What was predicted.
+
+    Attributes:
+        rows: how many.
+        columns: names of the columns that were added.
+        notes: what the table held that the model had not met, in sentences.
+    """
+
+    rows: int
+    columns: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def demo_table() -> TableSource:
+    """The data set that comes along: 442 diabetes patients, and how far the disease had come a year later.
+
+    Source: Efron, Hastie, Johnstone and Tibshirani 2004, "Least Angle Regression"; as scikit-learn ships it.
+    """
+    from sklearn.datasets import load_diabetes
+
+    frame = load_diabetes(as_frame=True, scaled=False).frame.rename(
+        columns={
+            "target": DEMO_TARGET, "bp": "blood_pressure", "bmi": "body_mass_index", "s1": "total_cholesterol",
+            "s2": "low_density_lipoproteins", "s3": "high_density_lipoproteins", "s4": "cholesterol_ratio",
+            "s5": "log_triglycerides", "s6": "blood_sugar",
+        }
+    )  # fmt: skip
+    return from_frame(frame, "diabetes (442 patients)")
+
+
+def fit_table(
+    table: str | Path | TableSource,
+    target: str,
+    out: str | Path,
+    options: FitOptions | None = None,
+    *,
+    force: bool = False,
+    command: str = "",
+    say: Callable[[str], None] = lambda sentence: None,
+    progress: Callable[[Progress], None] | None = None,
+) -> FitReport:
+    """Learn one column of a table from the others, and write model, record and report.
+
+    Rows are divided once, by the seed: held-out test rows that nothing looks at before the report; validation rows
+    that stop the training, choose the rate and calibrate; the rest to learn from.
+
+    Args:
+        table: a CSV or Parquet file, or an open table.
+        target: the column to predict.
+        out: the model directory to write.
+        options: how to fit.
+        force: replace a model that is there.
+        command: the line to repeat this fit, for the report.
+        say: told in sentences what was decided.
+        progress: told how the training goes.
+
+    Returns:
+        The record of the fit, as it stands in the directory.
+
+    Raises:
+        TableError: the table or its target cannot be learned from.
+        OptionError, ProbabilityError: an option outside what is allowed.
+        OutputError: the directory cannot be written.
+    """
+    options = options or FitOptions()
+    _check(options)
+    check_output(out, force=force)
+    begun = time.perf_counter()
+    source = table if isinstance(table, TableSource) else open_table(table, header=options.header)
+    described = describe_target(source.cells(source.column(target)), options.task, name=target)
+    for note in source.notes:
+        say(note)
+    say(described.reason)
+    with tempfile.TemporaryDirectory(prefix="dropkit-") as scratch:
+        prepared = _prepare(source, described, options, Path(scratch))
+        for note in prepared.notes:
+            say(note)
+        return _learn(source, prepared, options, out, force, command, begun, say, progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A table ready to learn from."""
+
+    target: Target
+    encoder: Encoder
+    encoded: EncodedTable
+    y: np.ndarray[Any, Any]
+    test_rows: np.ndarray[Any, Any]
+    sample: pd.DataFrame
+    notes: tuple[str, ...]
+
+    @property
+    def likelihood(self) -> Likelihood:
+        return "gaussian" if self.target.task == "regression" else "categorical"
+
+
+def _check(options: FitOptions) -> None:
+    if not 0 < options.test_share < 1:
+        raise OptionError(f"test_share={options.test_share!r} was given; it lies strictly between 0 and 1.")
+    if options.members < 4:
+        raise OptionError(f"members={options.members!r} was given; a committee has at least 4.")
+
+
+def _prepare(source: TableSource, target: Target, options: FitOptions, scratch: Path) -> _Prepared:
+    """Divide the rows, learn the encoding from those that are not held out, and encode all."""
+    if target.rows < LEAST_ROWS:
+        raise TableError(
+            f"{source.name} has {target.rows} rows with a target; at least {LEAST_ROWS} are needed to learn, to "
+            "calibrate and to test. Collect more rows."
+        )
+    sample = source.sample(SAMPLE_ROWS, options.seed)
+    columns = describe_columns(sample.drop(columns=[target.name]), kinds=options.kinds, ignore=options.ignore)
+    y = target.encode(source.cells(target.name))
+    likelihood: Likelihood = "gaussian" if target.task == "regression" else "categorical"
+    test_rows = divide_rows(y, options.test_share, likelihood=likelihood, seed=options.seed, most=MOST_TEST_ROWS)
+    encoder = Encoder.fit(sample[~sample.index.isin(test_rows)], columns)
+    large = 4 * len(y) * encoder.features > IN_MEMORY
+    encoded = encode_stream(source, encoder, target=target, path=scratch / "encoded.f32" if large else None)
+    notes = [f"{c.name!r} is left out: {c.dropped}." for c in columns if c.dropped]
+    notes += [f"{c.name!r}: {c.note}." for c in columns if c.note and not c.dropped]
+    if len(y) > SAMPLE_ROWS:
+        notes.append(f"Columns were described and their encoding learned from {SAMPLE_ROWS:,} rows, drawn evenly.")
+    return _Prepared(target, encoder, encoded, y, test_rows, sample, tuple(notes))
+
+
+def _learn(
+    source: TableSource, prepared: _Prepared, options: FitOptions, out: str | Path, force: bool, command: str,
+    begun: float, say: Callable[[str], None], progress: Callable[[Progress], None] | None,
+) -> FitReport:  # fmt: skip
+    x, y, target = prepared.encoded.x, prepared.y, prepared.target
+    rest = np.setdiff1d(np.arange(len(y)), prepared.test_rows)
+    started = time.perf_counter()
+    fit = training.fit(
+        x, y, likelihood=prepared.likelihood, classes=len(target.classes) or None, rate=options.rate,
+        seed=options.seed, rows=rest, validation_share=max(0.2, CALIBRATION_ROWS / len(rest)),
+        max_epochs=options.max_epochs, effort=options.effort, progress=progress,
+    )  # fmt: skip
+    trained = time.perf_counter()
+    committee = Committee(fit.network, options.members, options.seed, prepared.likelihood, allow_no_spread=True)
+    held = fit.validation_rows
+    asked = CalibratedCommittee.fit(committee, x[held], y[held])
+    model = TableModel(prepared.encoder, target, fit.spec, fit.network, asked)
+    warnings = list(source.notes) + list(prepared.notes)
+    if fit.interrupted:
+        warnings.append("The training was interrupted; the model is the best there was until then.")
+        say(warnings[-1])
+    if fit.search is not None:
+        say(fit.search.verdict)
+    report = FitReport(
+        data=_data(source, prepared, fit, warnings),
+        model=_model(fit, options, command),
+        search=_search(fit),
+        curves=_curves(fit),
+        **_evaluate(source, prepared, fit, asked),
+        timing=Timing(search=0.0, training=trained - started, total=time.perf_counter() - begun),
+    )
+    record = report.to_json()
+    files = {
+        **model.to_files(),
+        "report.json": record.encode(),
+        "report.html": to_html(report).encode(),
+        "report.txt": (to_text(report) + "\n").encode(),
+    }
+    write_directory(out, files, force=force)
+    return report
+
+
+def _evaluate(source: TableSource, prepared: _Prepared, fit: Fit, asked: CalibratedCommittee) -> dict[str, Any]:
+    """What the held-out rows say: the evaluation, the spread against members, the comparison."""
+    x, y, test = prepared.encoded.x, prepared.y, prepared.test_rows
+    prediction = asked.predict(x[test])
+    shown = [column.name for column in prepared.encoder.used[:SHOWN_CELLS]]
+    rows = _table_rows(source, prepared, test, shown)
+
+    def cells(position: int) -> dict[str, object]:
+        return dict(rows.iloc[position])
+
+    if isinstance(prediction, ClassificationPrediction):
+        calibration = None
+        held = evaluate_classification(
+            y[test], prediction, prepared.target.classes, row_numbers=test + 1, cells=cells
+        )
+    else:
+        assert isinstance(asked.calibration, ConformalInterval)  # LEAST_ROWS sees to it
+        calibration = asked.calibration
+        held = evaluate_regression(
+            y[test], prediction, calibration, level=LEVEL, row_numbers=test + 1, cells=cells
+        )
+    splits = [Split(x[part], y[part]) for part in (fit.train_rows, fit.validation_rows, test)]
+    return {
+        "held_out": held,
+        "members": spread_by_members(prediction),
+        "comparison": compare(prediction, calibration, *splits, level=LEVEL),
+    }
+
+
+def _table_rows(source: TableSource, prepared: _Prepared, rows: np.ndarray[Any, Any], columns: list[str]) -> pd.DataFrame:
+    """Some columns of some rows, as they stand in the table."""
+    if len(prepared.sample) == len(prepared.y):
+        return prepared.sample.loc[rows, columns]
+    return pd.concat([frame[frame.index.isin(rows)] for frame in source.chunks(columns=columns)])
+
+
+def _data(source: TableSource, prepared: _Prepared, fit: Fit, warnings: Sequence[str]) -> DataSummary:
+    return DataSummary(
+        source=source.name,
+        rows=len(prepared.y),
+        training_rows=len(fit.train_rows),
+        validation_rows=len(fit.validation_rows),
+        test_rows=len(prepared.test_rows),
+        target=prepared.target.name,
+        task=prepared.target.task,
+        task_reason=prepared.target.reason,
+        columns=tuple(
+            ColumnSummary(c.name, c.kind, c.missing, c.distinct, c.dropped is None, c.dropped or c.note)
+            for c in prepared.encoder.columns
+        ),
+        warnings=tuple(warnings),
+    )
+
+
+def _model(fit: Fit, options: FitOptions, command: str) -> ModelSummary:
+    from dropkit import __version__
+
+    versions = {
+        "dropkit": __version__, "torch": torch.__version__, "numpy": np.__version__, "pandas": pd.__version__,
+        "scikit-learn": sklearn.__version__, "Python": platform.python_version(),
+    }  # fmt: skip
+    return ModelSummary(
+        hidden=fit.spec.hidden,
+        rate=fit.spec.rate,
+        input_rate=fit.spec.input_rate,
+        weight_decay=fit.weight_decay,
+        members=options.members,
+        parameters=sum(parameter.numel() for parameter in fit.network.parameters()),
+        seed=options.seed,
+        epochs=fit.best_epoch,
+        versions=tuple(versions.items()),
+        command=command,
+        rate_given=options.rate != "auto",
+    )
+
+
+def _search(fit: Fit) -> Search | None:
+    if fit.search is None:
+        return None
+    trials = fit.search.trials
+    return Search(
+        trials=tuple(
+            Trial(
+                rate=trial.candidate.rate,
+                input_rate=trial.candidate.input_rate,
+                width=trial.candidate.hidden[0] if trial.candidate.hidden else 0,
+                weight_decay=trial.candidate.weight_decay,
+                train_loss=trial.train,
+                validation_loss=trial.validation,
+                standard_error=trial.standard_error,
+                gap=trial.gap,
+                epochs=round(trial.epochs_to_converge),
+            )
+            for trial in trials
+        ),
+        chosen=[trial.candidate for trial in trials].index(fit.search.chosen),
+        verdict=fit.search.verdict,
+    )
+
+
+def _curves(fit: Fit) -> LearningCurves:
+    curve = fit.curve
+    return LearningCurves(tuple(curve.epochs), tuple(curve.train), tuple(curve.validation), curve.best_epoch)
+
+
+def predict_table(
+    model: str | Path,
+    table: str | Path | TableSource,
+    out: str | Path,
+    *,
+    force: bool = False,
+    header: Header = "auto",
+    chunk_rows: int = CHUNK_ROWS,
+) -> PredictSummary:
+    """Ask the committee of a model about every row of a table, and write the table with the answers.
+
+    Args:
+        model: the directory that `fit_table` wrote.
+        table: a CSV or Parquet file with the columns the model learned from, or an open table.
+        out: the CSV file to write; all columns of the table, then those of the answer.
+        force: replace a file that is there.
+        header: whether the first row names the columns.
+        chunk_rows: rows read at a time; it changes nothing in the output.
+
+    Raises:
+        ModelDirectoryError: the model is damaged, altered, incomplete or of a newer release.
+        TableError: the table cannot be read, or lacks a column.
+        OutputError: the file cannot be written.
+    """
+    if Path(out).suffix.lower() not in (".csv", ".txt", ""):
+        raise OutputError(f"{out} was given; predictions are written as CSV. Give a name that ends in .csv.")
+    check_output(out, force=force)
+    loaded = TableModel.read(model)
+    source = table if isinstance(table, TableSource) else open_table(table, header=header)
+    loaded.check_source(source)
+    seen = Seen()
+    with write_file(out, force=force) as file:
+        for number, frame in enumerate(loaded.stream(source, seen, chunk_rows)):
+            # Seven digits are what float32 holds.
+            frame.to_csv(file, index=False, header=number == 0, float_format="%.7g", lineterminator="\n")
+    return PredictSummary(seen.rows, loaded.answer_columns, seen.notes)
+
+
+def as_json(result: PredictSummary) -> dict[str, Any]:
+    """The summary as plain data."""
+    return asdict(result)

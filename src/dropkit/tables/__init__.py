@@ -1,0 +1,1 @@
+"""Tables: read, described, encoded as numbers, and models of them on disk."""

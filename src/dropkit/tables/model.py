@@ -1,0 +1,219 @@
+"""A model of a table: the encoder of its columns, the network, the committee and its calibration; on disk and back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from dropkit.committee import Committee, ConformalInterval, Prediction, RegressionPrediction, Temperature
+from dropkit.committee.calibrated import LEVEL, CalibratedCommittee
+from dropkit.errors import DropkitError, ModelDirectoryError, TableError
+from dropkit.masks.address import MEMBERS, SEEDS
+from dropkit.records import rebuild
+from dropkit.tables.directory import read_directory
+from dropkit.tables.encoder import Encoder
+from dropkit.tables.source import CHUNK_ROWS, TableSource
+from dropkit.tables.target import Target
+from dropkit.training.network import NetworkSpec, build_network
+
+MODEL, WEIGHTS = "model.json", "weights.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class TableModel:
+    """A committee that has learned one column of a table from the others.
+
+    Attributes:
+        encoder: from rows of the table to numbers.
+        target: what is predicted, and its classes.
+        spec: shape and rates of the network.
+        network: with its weights, in evaluation mode.
+        asked: the committee of its thinned networks, calibrated.
+    """
+
+    encoder: Encoder
+    target: Target
+    spec: NetworkSpec
+    network: nn.Module
+    asked: CalibratedCommittee
+
+    def to_files(self) -> dict[str, bytes | dict[str, Any]]:
+        """The model as files of a directory: weights in safetensors, everything else in JSON."""
+        committee, calibration = self.asked.committee, self.asked.calibration
+        weights = {name: tensor.contiguous() for name, tensor in self.network.state_dict().items()}
+        return {
+            WEIGHTS: save(weights),
+            MODEL: {
+                "encoder": self.encoder.to_json(),
+                "target": asdict(self.target),
+                "network": asdict(self.spec),
+                "committee": {"members": committee.members, "seed": committee.seed},
+                "calibration": None if calibration is None else calibration.to_json(),
+            },
+        }
+
+    @classmethod
+    def read(cls, path: str | Path) -> TableModel:
+        """The model in a directory, every part checked; no code is run from it.
+
+        Raises:
+            ModelDirectoryError: not a model, or one that is damaged, altered, incomplete or newer than this release.
+        """
+        files = read_directory(path)
+        data = files.json(MODEL)
+        try:
+            encoder = Encoder.from_json(data["encoder"])
+            target = rebuild(Target, data["target"], "target")
+            spec = rebuild(NetworkSpec, data["network"], "network")
+            members = _whole(data["committee"]["members"], 2, MEMBERS)
+            seed = _whole(data["committee"]["seed"], 0, SEEDS - 1)
+            calibration = _calibration(data["calibration"], target.task)
+            network = build_network(spec)
+            network.load_state_dict(load(files.bytes(WEIGHTS)))
+            if spec.inputs != encoder.features or spec.outputs != (len(target.classes) or 2):
+                raise ValueError("the network does not fit the encoder or the target")
+        except ModelDirectoryError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError, DropkitError) as error:
+            raise ModelDirectoryError(
+                f"{path} does not hold a model this release can use ({' '.join(str(error).split())[:200]}). "
+                "Copy the model anew or fit again."
+            ) from None
+        return cls.of(encoder, target, spec, network, members, seed, calibration)
+
+    @classmethod
+    def of(
+        cls, encoder: Encoder, target: Target, spec: NetworkSpec, network: nn.Module, members: int, seed: int,
+        calibration: ConformalInterval | Temperature | None,
+    ) -> TableModel:  # fmt: skip
+        """A model whose committee is made of these parts."""
+        committee = Committee(network.eval(), members, seed, spec.likelihood, allow_no_spread=True)
+        return cls(encoder, target, spec, network, CalibratedCommittee(committee, calibration))
+
+    def predict(self, frame: pd.DataFrame) -> Prediction:
+        """Ask the committee about rows of a table.
+
+        Raises:
+            TableError: a column is missing or of another type.
+        """
+        return self.asked.predict(self.encoder.transform(frame).matrix)
+
+    def stream(self, source: TableSource, seen: Seen, chunk_rows: int = CHUNK_ROWS) -> Iterator[pd.DataFrame]:
+        """Predict a table of any length; neither chunks nor tiles change a bit of the output.
+
+        Args:
+            source: the table.
+            seen: filled with what the rows held that the model had not met.
+            chunk_rows: rows read at a time; with their predictions, all that is in memory.
+
+        Yields:
+            Frames of the source's columns and the columns of `answers`, in order.
+        """
+        waiting: list[pd.DataFrame] = []
+
+        def encoded() -> Iterator[np.ndarray[Any, Any]]:
+            for frame in source.chunks(chunk_rows):
+                result = self.encoder.transform(frame)
+                seen.rows += len(frame)
+                seen.unseen.update(result.unseen)
+                seen.gaps.update(result.gaps)
+                waiting.append(frame)
+                yield result.matrix
+
+        for prediction in self.asked.predict_chunks(encoded()):
+            answer = self.answers(prediction)
+            rows = waiting.pop(0) if len(waiting) == 1 else pd.concat(waiting)
+            waiting.clear()
+            if len(rows) > len(answer):
+                waiting.append(rows.iloc[len(answer) :])
+                rows = rows.iloc[: len(answer)]
+            yield pd.concat([rows.reset_index(drop=True), answer], axis=1)
+
+    def answers(self, prediction: Prediction) -> pd.DataFrame:
+        """A prediction as columns: `answer_columns` says which."""
+        if isinstance(prediction, RegressionPrediction):
+            interval = self.asked.interval(prediction)
+            parts = (prediction.mean, prediction.std, prediction.epistemic.sqrt(), prediction.aleatoric.sqrt(), *interval)
+            return pd.DataFrame(dict(zip(self.answer_columns, map(_numbers, parts), strict=True)))
+        probabilities = prediction.probabilities
+        labels = np.array(self.target.classes, dtype=object)[prediction.label.numpy()]
+        parts = (*probabilities.unbind(dim=-1), prediction.entropy, prediction.mutual_information)
+        return pd.DataFrame(dict(zip(self.answer_columns, [labels, *map(_numbers, parts)], strict=True)))
+
+    @property
+    def answer_columns(self) -> tuple[str, ...]:
+        """Names of the columns that a prediction adds to a table."""
+        name, percent = self.target.name, round(100 * LEVEL)
+        if self.target.task == "regression":
+            parts = ("mean", "std", "epistemic_std", "aleatoric_std", f"lower_{percent}", f"upper_{percent}")
+        else:
+            parts = ("predicted", *(f"probability_{c}" for c in self.target.classes), "entropy", "mutual_information")
+        return tuple(f"{name}_{part}" for part in parts)
+
+    def check_source(self, source: TableSource) -> tuple[str, ...]:
+        """Return the columns of a table that the model does not use, or say why it cannot be predicted.
+
+        Raises:
+            TableError: a needed column is missing, or one is named like a column of the answer.
+        """
+        taken = [name for name in self.answer_columns if name in source.columns]
+        if taken:
+            raise TableError(
+                f"{source.name} has a column {taken[0]!r}, the name of a column that predicting adds. "
+                "Rename it, or predict the table from before it was predicted."
+            )
+        return self.encoder.check_columns(source.columns, source.name)
+
+
+class Seen:
+    """What the rows of a predicted table held that the model had not met; counted while they stream by.
+
+    Attributes:
+        rows: how many there were.
+        unseen: cells with a label that was not in the training table, by column.
+        gaps: missing cells in a column that had none then.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.unseen: Counter[str] = Counter()
+        self.gaps: Counter[str] = Counter()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """In sentences."""
+        notes = [
+            f"{name!r}: {count} cells hold a category that the model has not seen; they count as none it knows."
+            for name, count in self.unseen.items()
+        ]
+        notes += [
+            f"{name!r}: {count} cells are missing, and none was when the model was fitted; the column's middle stands in."
+            for name, count in self.gaps.items()
+        ]
+        return tuple(notes)
+
+
+def _numbers(values: Tensor) -> np.ndarray[Any, Any]:
+    return values.detach().double().numpy()
+
+
+def _whole(value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{value!r} is not a whole number from {low} to {high}")
+    return value
+
+
+def _calibration(data: Any, task: str) -> ConformalInterval | Temperature | None:
+    if data is None:
+        return None
+    return ConformalInterval.from_json(data) if task == "regression" else Temperature.from_json(data)

@@ -1,0 +1,31 @@
+"""The fitting loop: networks in stacks, early stopping, the search for a rate."""
+
+from dropkit.training.fit import Fit, divide_rows, fit
+from dropkit.training.losses import bound_log_variance, categorical_nll, committee_nll, gaussian_nll
+from dropkit.training.network import GaussianHead, NetworkSpec, build_network
+from dropkit.training.search import Candidate, Search, TradeOff, Trial
+from dropkit.training.stack import Curve, Fold, Plan, Progress, StackResult, Trained, train_stack
+
+__all__ = [
+    "Candidate",
+    "Curve",
+    "Fit",
+    "Fold",
+    "GaussianHead",
+    "NetworkSpec",
+    "Plan",
+    "Progress",
+    "Search",
+    "StackResult",
+    "TradeOff",
+    "Trained",
+    "Trial",
+    "bound_log_variance",
+    "build_network",
+    "categorical_nll",
+    "committee_nll",
+    "divide_rows",
+    "fit",
+    "gaussian_nll",
+    "train_stack",
+]

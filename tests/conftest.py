@@ -1,0 +1,36 @@
+"""What all tests share: where the data lie, how chance is fixed, and that nothing is skipped in silence."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from skip_watch import data_folder
+from skip_watch import pytest_configure as pytest_configure  # pytest finds its hooks in this module
+
+# Examples are drawn anew on a developer's machine, so that the search goes on; in continuous integration they are
+# the same on every run, so that a red build can be had again. No clocks: a compiled kernel's first call is slow, and
+# so is a machine that does something else as well.
+UNTIMED = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("developer", UNTIMED)
+settings.register_profile("ci", UNTIMED, derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") == "true" else "developer")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path | None:
+    """The folder of shared data sets, or None on a machine that has not got it."""
+    return data_folder()
+
+
+@pytest.fixture(autouse=True)
+def known_torch_generator() -> None:
+    """Start every test from one state of torch's generator, whatever ran before it."""
+    torch.manual_seed(20140615)
