@@ -111,7 +111,9 @@ def load_set(folder: Path, name: str) -> Benchmark:
     here = folder / name
     table = next((path for path in (here / "data.txt", here / "data.txt.gz") if path.exists()), None)
     if table is None:
-        sys.exit(f"{here} has no data.txt: set DROPKIT_DATA to the folder that contains uci_regression/{name}.")
+        sys.exit(
+            f"{here} has no data.txt: set DROPKIT_DATA to the folder that contains uci_regression/{name}."
+        )
     data = np.loadtxt(table)
     with np.load(here / "splits.npz", allow_pickle=False) as splits:
         x, y = data[:, splits["index_features"]], data[:, splits["index_target"]].ravel()
@@ -181,7 +183,9 @@ def run_set(
 
     results = []
     for f, s in enumerate(splits):
-        rmse, ll = test_network(refit.trained[f], x[data.test[s] + f * n], data.y[data.test[s]], members, seed)
+        rmse, ll = test_network(
+            refit.trained[f], x[data.test[s] + f * n], data.y[data.test[s]], members, seed
+        )
         rate, decay, _ = pairs[chosen[f]]
         validation_ll = -search.trained[chosen[f]].committee_loss
         results.append(
@@ -224,7 +228,8 @@ def mean_error(values: Sequence[float]) -> tuple[float, float]:
 def to_markdown(results: Sequence[SetResult]) -> str:
     """The table: means over splits ± standard errors; differences are paired by split."""
     lines = [
-        "| set | RMSE | published | difference | test log-likelihood | published | difference | rates chosen | budget |",
+        "| set | RMSE | published | difference | test log-likelihood | published | difference | rates chosen "
+        "| budget |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
@@ -252,7 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, help="epochs at most, in place of each set's own budget")
     parser.add_argument("--members", type=int, default=500, help="size of the committee on test rows")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="2 splits, 5 epochs, 8 members: a check that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="2 splits, 5 epochs, 8 members: a check that it runs"
+    )
     parser.add_argument("--out", type=Path, help="folder for uci.md and uci.json")
     options = parser.parse_args(arguments)
     folder = data_folder()

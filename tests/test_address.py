@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
@@ -22,14 +23,20 @@ def drawn(width: int = 64, rows: int = 1, **fields) -> torch.Tensor:
 BASE = {"seed": 5, "step": 6, "member": None, "row_offset": 7}
 
 
-@pytest.mark.parametrize("change", [{"seed": 4}, {"step": 5}, {"row_offset": 6}, {"member": 0}, {"seed": 5 + 2**32}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 4}, {"step": 5}, {"row_offset": 6}, {"member": 0}, {"seed": 5 + 2**32}]
+)
 def test_every_field_of_the_address_matters(change):
     assert torch.equal(drawn(**BASE), drawn(**BASE))
     assert not torch.equal(drawn(**BASE), drawn(**(BASE | change)))  # equal by chance: 2**-64
 
 
 FIELDS = st.fixed_dictionaries(
-    {"seed": st.integers(0, 2**64 - 1), "step": st.integers(0, 2**32 - 1), "row_offset": st.integers(0, 2**40 - 9)}
+    {
+        "seed": st.integers(0, 2**64 - 1),
+        "step": st.integers(0, 2**32 - 1),
+        "row_offset": st.integers(0, 2**40 - 9),
+    }
 )
 
 
@@ -49,9 +56,7 @@ def test_chunks_with_an_offset_are_the_whole(fields, cuts):
     whole = drawn(rows=8, **fields)
     edges = [0, *sorted(cuts), 8]
     start = fields.pop("row_offset")
-    parts = [
-        drawn(rows=b - a, row_offset=start + a, **fields) for a, b in zip(edges, edges[1:], strict=False) if b > a
-    ]
+    parts = [drawn(rows=b - a, row_offset=start + a, **fields) for a, b in itertools.pairwise(edges) if b > a]
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -80,20 +85,24 @@ def test_a_site_is_its_name_and_its_call():
 
 def test_the_same_site_twice_is_refused_by_name():
     x = torch.ones(1, 8)
-    with dk.masks(seed=0), pytest.raises(AddressError, match="site 'a' was drawn twice"):
+    with dk.masks(seed=0):
         dk.functional.dropout(x, 0.5, site="a")
-        dk.functional.dropout(x, 0.5, site="a")
+        with pytest.raises(AddressError, match="site 'a' was drawn twice"):
+            dk.functional.dropout(x, 0.5, site="a")
     one, two = dk.nn.Dropout(0.5), dk.nn.Dropout(0.5)
     one.site = two.site = "drop"
-    with dk.masks(seed=0), pytest.raises(AddressError, match="'drop' belongs to two layers"):
-        two(one(x))
+    with dk.masks(seed=0):
+        one(x)
+        with pytest.raises(AddressError, match="'drop' belongs to two layers"):
+            two(x)
 
 
 def test_sites_whose_hashes_meet_are_refused(monkeypatch):
     monkeypatch.setattr(address, "site_hash", lambda name, call=0: 1)
-    with dk.masks(seed=0), pytest.raises(AddressError, match="meet in one hash"):
+    with dk.masks(seed=0):
         dk.functional.dropout(torch.ones(1, 8), site="a")
-        dk.functional.dropout(torch.ones(1, 8), site="b")
+        with pytest.raises(AddressError, match="meet in one hash"):
+            dk.functional.dropout(torch.ones(1, 8), site="b")
 
 
 @pytest.mark.parametrize(

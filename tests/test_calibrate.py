@@ -235,6 +235,7 @@ def test_records_come_back_from_json() -> None:
         {"rows": None},
         {"rows": True},
         {"rows": 2.5},
+        {"rows": 10**400},
         {"normalised": 1},
     ],
     ids=str,
@@ -247,12 +248,21 @@ def test_altered_intervals_are_refused(change: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"temperature": 0.0}, {"temperature": "1"}, {"after": math.nan}, {"rows": -1}], ids=str
+    "change",
+    [{"temperature": 0.0}, {"temperature": "1"}, {"after": math.nan}, {"after": math.inf}, {"rows": -1}],
+    ids=str,
 )
 def test_an_altered_temperature_is_refused(change: dict[str, object]) -> None:
     data = {"temperature": 1.5, "before": 1.0, "after": 0.5, "rows": 3} | change
     with pytest.raises(ModelDirectoryError):
         Temperature.from_json(data)
+
+
+@pytest.mark.parametrize("data", [[], None, "text", {}], ids=str)
+def test_other_things_than_a_record_are_refused(data: object) -> None:
+    for kind in (ConformalInterval, Temperature):
+        with pytest.raises(ModelDirectoryError):
+            kind.from_json(data)
 
 
 # --- instruments ---------------------------------------------------------------------------------------

@@ -29,7 +29,10 @@ def definition(x, key, member, samples, step, p, shared=()):
     """Dropout by the reference: the mask made whole, then applied."""
     mask_shape = [1 if dim in shared else size for dim, size in enumerate(x.shape)]
     if 0 in shared or not mask_shape:
-        samples, width = (samples[:1] if not mask_shape else torch.zeros(1, dtype=torch.int64)), math.prod(mask_shape)
+        samples, width = (
+            (samples[:1] if not mask_shape else torch.zeros(1, dtype=torch.int64)),
+            math.prod(mask_shape),
+        )
     else:
         width = math.prod(mask_shape[1:])
     keep = bernoulli_keep(key, member, samples, step, width, p).reshape(mask_shape)
@@ -38,7 +41,8 @@ def definition(x, key, member, samples, step, p, shared=()):
 
 @settings(max_examples=300)
 @given(
-    shape=st.lists(st.integers(0, 9), max_size=5).map(tuple) | st.tuples(st.integers(1, 70), st.integers(1, 300)),
+    shape=st.lists(st.integers(0, 9), max_size=5).map(tuple)
+    | st.tuples(st.integers(1, 70), st.integers(1, 300)),
     data=st.data(),
     p=rates,
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]),
@@ -85,7 +89,9 @@ def test_threads_change_nothing(shared):
 def _dropped_ones() -> bytes:
     # numpy makes the input: torch's own OpenMP loops hang in a child forked after they have run.
     with dk.masks(seed=1):
-        return dk.functional.dropout(torch.from_numpy(np.ones((700, 1000), np.float32)), 0.3).numpy().tobytes()
+        return (
+            dk.functional.dropout(torch.from_numpy(np.ones((700, 1000), np.float32)), 0.3).numpy().tobytes()
+        )
 
 
 def _in_child(queue):
@@ -121,7 +127,9 @@ def test_golden_masks(line):
     address = key, torch.tensor(int(member)), torch.tensor([int(sample)])
     rate = torch.tensor(float(p), dtype=torch.float64)
     reference = bernoulli_keep(*address, int(step), int(width), rate).numpy()
-    kernel = ops.dropout(torch.ones(1, int(width)), *address[:2], rate, address[2], int(step), 0, []).numpy() != 0
+    kernel = (
+        ops.dropout(torch.ones(1, int(width)), *address[:2], rate, address[2], int(step), 0, []).numpy() != 0
+    )
     for keep in (reference, kernel):
         assert hashlib.sha256(np.packbits(keep).tobytes()).hexdigest()[:16] == digest
 
@@ -171,7 +179,9 @@ def in_context(x, shared=(), **fields):
         return dk.functional.dropout(x, 0.3, shared=shared)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch.func.jvp's own
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # torch.func.jvp's own
 @pytest.mark.parametrize("shared", [(), (0,), (1,)])
 def test_derivatives_of_first_and_second_order(shared):
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
@@ -180,7 +190,9 @@ def test_derivatives_of_first_and_second_order(shared):
     assert torch.autograd.gradgradcheck(f, x)
     expected = torch.autograd.grad(f(x).sum(), x)[0]
     torch.testing.assert_close(torch.func.grad(lambda x: f(x).sum())(x.detach()), expected)
-    torch.testing.assert_close(torch.func.jvp(f, (x.detach(),), (torch.ones_like(x),))[1].sum(), expected.sum())
+    torch.testing.assert_close(
+        torch.func.jvp(f, (x.detach(),), (torch.ones_like(x),))[1].sum(), expected.sum()
+    )
 
 
 def test_nothing_is_kept_for_backward():

@@ -74,12 +74,16 @@ def test_the_rate_used_is_close_and_the_scale_is_its_own(p):
     t, fine = threshold(torch.tensor(p, dtype=torch.float64))
     used = int(fine) / 2**32 if fine else int(t) / 2**16
     assert abs(used - p) <= (2.0**-33 if fine else 2.0**-17)
-    assert float(survivor_scale(torch.tensor(p, dtype=torch.float64))) * (1 - used) == pytest.approx(float(used < 1), abs=1e-15)
+    assert float(survivor_scale(torch.tensor(p, dtype=torch.float64))) * (1 - used) == pytest.approx(
+        float(used < 1), abs=1e-15
+    )
 
 
 def test_rates_zero_and_one_are_exact():
     key, member, rows = torch.tensor(7), torch.tensor(0), torch.arange(64)
-    keep = [bernoulli_keep(key, member, rows, 0, 1000, torch.tensor(p, dtype=torch.float64)) for p in (0.0, 1.0)]
+    keep = [
+        bernoulli_keep(key, member, rows, 0, 1000, torch.tensor(p, dtype=torch.float64)) for p in (0.0, 1.0)
+    ]
     assert keep[0].all()
     assert not keep[1].any()
 
@@ -88,5 +92,7 @@ def test_rates_zero_and_one_are_exact():
 def test_a_higher_rate_keeps_the_dropped_set(p, q, seed):
     low, high = sorted((p, q))
     key, member, rows = torch.tensor(seed), torch.tensor(3), torch.arange(4)
-    few, many = (bernoulli_keep(key, member, rows, 5, 40, torch.tensor(r, dtype=torch.float64)) for r in (low, high))
+    few, many = (
+        bernoulli_keep(key, member, rows, 5, 40, torch.tensor(r, dtype=torch.float64)) for r in (low, high)
+    )
     assert not (many & ~few).any()

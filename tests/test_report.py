@@ -197,6 +197,16 @@ def test_hostile_text_inside_a_figure_is_text():
     assert re.search(r'aria-label="[^"]*&quot;', svg)
 
 
+def test_dollars_in_a_name_are_not_mathematics():
+    held = examples.classification_report(compared=False).held_out
+    report = dataclasses.replace(
+        examples.classification_report(compared=False),
+        held_out=dataclasses.replace(held, classes=("$y_1$", "$\\frac$", "a_b^c")),
+    )
+    svg = draw("confusion", report, "")
+    assert svg.count("$y_1$") == svg.count("$\\frac$") == svg.count("a_b^c") == 2  # once on each axis
+
+
 @given(st.text())
 def test_printable_text_is_what_xml_can_hold(text):
     element = ET.Element("t")

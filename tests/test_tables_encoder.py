@@ -146,6 +146,15 @@ def test_a_heavy_tail_is_drawn_in_and_stays_in_order():
     assert (np.diff(heavy[order]) >= 0).all()
 
 
+def test_columns_may_be_named_by_numbers_but_each_once():
+    frame = pd.DataFrame({0: [1.0, 2.0, 4.0], 1: [3.0, 1.0, 1.0]})
+    encoder = Encoder.fit(frame, describe_columns(frame))
+    assert encoder.feature_names == ("0", "1")
+    assert encoder.transform(frame).matrix.shape == (3, 2)
+    with pytest.raises(TableError, match="more than one column called '0'"):
+        encoder.transform(pd.DataFrame([[1, 2]], columns=[0, "0"]))
+
+
 def test_labels_never_seen_are_handled_and_counted():
     frame = pd.DataFrame(
         {"c": ["a", "b"] * 20 + ["rare"], "d": ["u", "v"] * 20 + ["u"], "n": np.arange(41.0) ** 2}

@@ -134,17 +134,14 @@ def test_a_sample_does_not_depend_on_the_size_of_chunks(monkeypatch):
     assert source.count() == 5000
 
 
-def test_every_row_is_as_likely_to_be_drawn(monkeypatch):
-    from scipy.stats import binomtest
-
-    monkeypatch.setattr("dropkit.tables.source.CHUNK_ROWS", 7)  # so that rows are thrown out on the way
-    source = from_frame(pd.DataFrame({"a": np.arange(40)}))
-    draws = 400
-    times = np.zeros(40, dtype=int)
-    for seed in range(draws):
-        times[source.sample(10, seed).index] += 1
-    # false alarm: 1e-9 over all 40 positions
-    assert all(binomtest(int(t), draws, 0.25).pvalue > 1e-9 / 40 for t in times)
+@given(rows=st.integers(1, 300), n=st.integers(1, 40), seed=st.integers(0, 2**64))
+def test_a_sample_is_the_rows_with_the_smallest_keys(rows, n, seed):
+    keys = np.random.Generator(np.random.Philox(key=seed)).random(rows)
+    expected = np.sort(np.argsort(keys)[:n])
+    source = from_frame(pd.DataFrame({"a": np.arange(rows)}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dropkit.tables.source.CHUNK_ROWS", 7)  # so that rows are thrown out on the way
+        assert source.sample(n, seed).index.tolist() == expected.tolist()
 
 
 REFUSED = {

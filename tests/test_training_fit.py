@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from dropkit.errors import OptionError, ProbabilityError, ShapeError
 from dropkit.training import Candidate, Curve, NetworkSpec, Trained, divide_rows, fit, gaussian_nll
-from dropkit.training.fit import FOLDED_ROWS, SEARCH_ROWS, make_candidates, make_folds, make_plan
+from dropkit.training.division import make_folds
+from dropkit.training.fit import FOLDED_ROWS, SEARCH_ROWS, make_candidates, make_plan
 from dropkit.training.search import choose
 
 
@@ -48,7 +50,9 @@ def test_auto_lets_no_dropout_compete_and_keeps_the_whole_record():
     assert search.chosen in candidates
     assert search.networks == len(candidates) * search.folds
     assert search.trade_off.rates == tuple(sorted({c.rate for c in candidates}))
-    assert len(search.trade_off.gap) == len(search.trade_off.epochs_to_converge) == len(search.trade_off.rates)
+    assert (
+        len(search.trade_off.gap) == len(search.trade_off.epochs_to_converge) == len(search.trade_off.rates)
+    )
     assert (result.spec.rate, result.spec.input_rate) == (search.chosen.rate, search.chosen.input_rate)
     assert "ropout" in search.verdict
     # The network handed back is the winner of the first fold, whose rows are those of the fit.
@@ -121,7 +125,8 @@ def test_an_interrupted_search_gives_the_best_network_so_far():
 
 
 def test_a_long_table_is_searched_on_some_rows_and_learned_from_all(monkeypatch):
-    monkeypatch.setattr(sys.modules["dropkit.training.fit"], "SEARCH_ROWS", 50)  # `training.fit` is the function
+    # The name `dropkit.training.fit` is the function.
+    monkeypatch.setattr(sys.modules["dropkit.training.fit"], "SEARCH_ROWS", 50)
     x, y = regression(120)
     stages = []
     result = fit(x, y, likelihood="gaussian", max_epochs=2, progress=lambda event: stages.append(event.stage))
@@ -144,11 +149,13 @@ def test_progress_counts_networks_and_epochs():
     fit(x, y, likelihood="gaussian", max_epochs=32, progress=events.append)
     assert all(0 <= e.live <= e.networks and 0 < e.epoch <= e.max_epochs == 32 for e in events)
     assert [e.epoch for e in events] == sorted(e.epoch for e in events)
-    assert all(a.best >= b.best for a, b in zip(events, events[1:], strict=False))
+    assert all(a.best >= b.best for a, b in pairwise(events))
 
 
 @given(
-    counts=st.lists(st.integers(1, 30), min_size=1, max_size=5), share=st.floats(0.05, 0.9), seed=st.integers(0, 99)
+    counts=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    share=st.floats(0.05, 0.9),
+    seed=st.integers(0, 99),
 )
 def test_held_out_rows_are_a_share_of_every_class(counts, share, seed):
     y = np.repeat(np.arange(len(counts)), counts)

@@ -11,8 +11,8 @@ from torch.distributions import Categorical, Normal
 from dropkit.errors import ShapeError
 from dropkit.training.losses import (
     HIGHEST_LOG_VARIANCE,
-    LOWEST_LOG_VARIANCE,
     LOSSES,
+    LOWEST_LOG_VARIANCE,
     bound_log_variance,
     categorical_nll,
     committee_nll,
@@ -34,7 +34,9 @@ def test_the_categorical_loss_is_minus_the_log_probability():
     generator = torch.Generator().manual_seed(0)
     logits = 5 * torch.randn(3, 4, 6, generator=generator, dtype=torch.float64)
     y = torch.randint(0, 6, (4,), generator=generator)
-    torch.testing.assert_close(categorical_nll(logits, y), -Categorical(logits=logits).log_prob(y.expand(3, 4)))
+    torch.testing.assert_close(
+        categorical_nll(logits, y), -Categorical(logits=logits).log_prob(y.expand(3, 4))
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -10,7 +10,8 @@ from torch import nn
 import dropkit as dk
 from dropkit.errors import OptionError, ProbabilityError
 from dropkit.training import Fold, NetworkSpec, Plan, build_network, committee_nll, gaussian_nll, train_stack
-from dropkit.training.stack import site_draw, training_noise
+from dropkit.training.program import site_draw, training_noise
+from dropkit.training.rows import epoch_rows
 
 ROWS, INPUTS = 90, 4
 PLAN = Plan(max_epochs=6, batch=16, patience=3, average=0, members=8)
@@ -51,7 +52,9 @@ def test_a_network_in_a_stack_is_the_network_trained_alone(average):
         assert together.trained[k].curve.epochs == alone.trained[0].curve.epochs
         assert together.trained[k].curve.best_epoch == alone.trained[0].curve.best_epoch
         same_weights(together.trained[k], alone.trained[0], rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(together.trained[k].row_loss, alone.trained[0].row_loss, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            together.trained[k].row_loss, alone.trained[0].row_loss, rtol=1e-3, atol=1e-4
+        )
 
 
 def test_a_step_is_that_of_the_plain_module_with_its_own_dropout_layers():
@@ -66,11 +69,10 @@ def test_a_step_is_that_of_the_plain_module_with_its_own_dropout_layers():
     weights = [p for name, p in network.named_parameters() if name.endswith("weight")]
     biases = [p for name, p in network.named_parameters() if name.endswith("bias")]
     optimizer = torch.optim.AdamW(
-        [{"params": weights, "weight_decay": 0.3}, {"params": biases, "weight_decay": 0.0}], lr=plan.learning_rate
+        [{"params": weights, "weight_decay": 0.3}, {"params": biases, "weight_decay": 0.0}],
+        lr=plan.learning_rate,
     )
-    from dropkit.training.stack import _epoch_rows
-
-    for step, rows in enumerate(_epoch_rows([fold], 70 // 16, 16, 3, 1)[0]):
+    for step, rows in enumerate(epoch_rows([fold], 70 // 16, 16, 3, 1)[0]):
         with dk.masks(seed=3, step=step, samples=torch.from_numpy(rows)):
             outputs = network(torch.from_numpy(x[rows]))
         optimizer.zero_grad()
@@ -98,7 +100,8 @@ def test_the_noise_of_a_stack_is_that_of_the_layers():
 
 def test_the_committee_loss_is_that_of_the_public_committee():
     x, y = table()
-    trained = train_stack(x, y, [spec(0.1, 0.2), spec(0.3)], [0.0, 0.0], [FOLD], [0, 0], plan=PLAN, seed=5).trained[1]
+    trained = train_stack(x, y, [spec(0.1, 0.2), spec(0.3)], [0.0, 0.0], [FOLD], [0, 0], plan=PLAN, seed=5)
+    trained = trained.trained[1]
     network = trained.network()
     rows, target = torch.from_numpy(x[FOLD.validation]), torch.from_numpy(y[FOLD.validation]).float()
     members = []
@@ -139,7 +142,12 @@ def overfitting(progress=None, patience=4):
     folds = [Fold(np.arange(30), np.arange(30, 60))]
     specs = [spec(rate, 0.0, (40, 40)) for rate in (0.0, 0.1, 0.3, 0.6)]
     plan = Plan(max_epochs=120, batch=10, patience=patience, average=0, members=0)
-    return x, y, folds[0], train_stack(x, y, specs, [0.0] * 4, folds, [0] * 4, plan=plan, seed=0, progress=progress)
+    return (
+        x,
+        y,
+        folds[0],
+        train_stack(x, y, specs, [0.0] * 4, folds, [0] * 4, plan=plan, seed=0, progress=progress),
+    )
 
 
 def test_the_weights_are_those_of_the_best_epoch():
@@ -151,7 +159,9 @@ def test_the_weights_are_those_of_the_best_epoch():
         network = trained.network()
         for rows, expected in ((fold.validation, curve.validation), (fold.train, curve.train)):
             with torch.no_grad():
-                loss = gaussian_nll(network(torch.from_numpy(x[rows])), torch.from_numpy(y[rows]).float()).mean()
+                loss = gaussian_nll(
+                    network(torch.from_numpy(x[rows])), torch.from_numpy(y[rows]).float()
+                ).mean()
             assert float(loss) == pytest.approx(expected[curve.best], rel=1e-3, abs=1e-3)
 
 
@@ -159,7 +169,9 @@ def test_each_network_stops_by_its_own_patience_and_leaves_the_stack():
     live = []
     _, _, _, result = overfitting(progress=lambda event: live.append(event.live))
     for trained in result.trained:
-        assert trained.curve.epochs[-1] - trained.curve.best_epoch == 5  # patience 4, and the look that tips it
+        assert (
+            trained.curve.epochs[-1] - trained.curve.best_epoch == 5
+        )  # patience 4, and the look that tips it
     ends = [trained.curve.epochs[-1] for trained in result.trained]
     assert len(set(ends)) > 1
     assert len(live) == max(ends)
@@ -209,7 +221,8 @@ def test_a_class_network_learns_its_classes():
     y = np.arange(90) % 3
     x = (np.eye(3, INPUTS)[y] * 4 + generator.standard_normal((90, INPUTS))).astype(np.float32)
     one = spec(0.1, 0.0, likelihood="categorical", outputs=3)
-    trained = train_stack(x, y, [one], [0.0], [FOLD], [0], plan=replace(PLAN, max_epochs=30), seed=0).trained[0]
+    trained = train_stack(x, y, [one], [0.0], [FOLD], [0], plan=replace(PLAN, max_epochs=30), seed=0)
+    (trained,) = trained.trained
     network = trained.network()
     assert trained.committee_loss < 0.4
     with torch.no_grad():

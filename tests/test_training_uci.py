@@ -74,11 +74,15 @@ def test_the_log_likelihood_is_that_of_the_mixture_of_members(uci, tmp_path):
     """One member with N(mean, variance) for each row, against numpy, where no mask acts."""
     write_set(tmp_path / "boston")
     data = uci.load_set(tmp_path, "boston")
-    result = uci.run_set(data, [1], rates=(0.0,), weight_decays=(0.1,), hidden=(8,), max_epochs=3, members=5).splits[0]
+    result = uci.run_set(
+        data, [1], rates=(0.0,), weight_decays=(0.1,), hidden=(8,), max_epochs=3, members=5
+    ).splits[0]
     assert result.rate == 0
     floor = -0.5 * np.log(2 * np.pi * 1e-6)
     assert -20 < result.test_ll < floor
-    noisy = uci.run_set(data, [1], rates=(0.3,), weight_decays=(0.1,), hidden=(8,), max_epochs=3, members=5).splits[0]
+    noisy = uci.run_set(
+        data, [1], rates=(0.3,), weight_decays=(0.1,), hidden=(8,), max_epochs=3, members=5
+    ).splits[0]
     assert noisy.test_ll != result.test_ll
 
 
@@ -101,6 +105,8 @@ def test_the_published_boston_beats_the_linear_model_in_a_few_epochs(uci, shared
         weights, *_ = np.linalg.lstsq(design[data.train[s]], data.y[data.train[s]], rcond=None)
         error = design @ weights - data.y
         variance = error[data.train[s]].var()
-        linear.append(float(np.mean(-0.5 * (np.log(2 * np.pi * variance) + error[data.test[s]] ** 2 / variance))))
+        linear.append(
+            float(np.mean(-0.5 * (np.log(2 * np.pi * variance) + error[data.test[s]] ** 2 / variance)))
+        )
     bar = np.mean(linear) if shared_data is not None else np.mean(linear) - 0.3
     assert np.mean([r.test_ll for r in ours.splits]) > bar

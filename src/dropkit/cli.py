@@ -40,12 +40,18 @@ class Effort(StrEnum):
     thorough = "thorough"
 
 
-Table = Annotated[Path | None, typer.Argument(help="CSV or Parquet file; without one, a real data set that comes along.")]
+Table = Annotated[
+    Path | None, typer.Argument(help="CSV or Parquet file; without one, a real data set that comes along.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Header = Annotated[
     bool | None,
-    typer.Option("--header/--no-header", help="Whether the first row names the columns.", show_default="found from the rows"),
+    typer.Option(
+        "--header/--no-header",
+        help="Whether the first row names the columns.",
+        show_default="found from the rows",
+    ),
 ]
 
 
@@ -58,14 +64,17 @@ def dropkit() -> None:
 def fit(
     table: Table = None,
     target: Annotated[str | None, typer.Option(help="Column to predict.", show_default=False)] = None,
-    out: Annotated[Path, typer.Option(help="Model directory to write; the report lies in it.")] = Path("model"),
+    out: Annotated[Path, typer.Option(help="Model directory to write; the report lies in it.")] = Path(
+        "model"
+    ),
     task: Annotated[Task, typer.Option(help="What kind of target it is.")] = Task.auto,
     rate: Annotated[str, typer.Option(help="Chance to drop a hidden unit, or auto: rates compete.")] = "auto",
     members: Annotated[int, typer.Option(min=4, help="Thinned networks in the committee.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Of splits, weights and masks.")] = 0,
     effort: Annotated[Effort, typer.Option(help="How many candidates and epochs.")] = Effort.normal,
     max_epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the rows at most.", show_default="from their number")
+        int | None,
+        typer.Option(min=1, help="Passes over the rows at most.", show_default="from their number"),
     ] = None,
     test_share: Annotated[float, typer.Option(help="Share of rows held out for the report.")] = 0.2,
     kind: Annotated[
@@ -83,9 +92,13 @@ def fit(
         from dropkit.report import to_text
 
         if table is None and target not in (None, DEMO_TARGET):
-            raise OptionError(f"--target {target} was given without a table. Give the CSV or Parquet file that holds it.")
+            raise OptionError(
+                f"--target {target} was given without a table. Give the CSV or Parquet file that holds it."
+            )
         if table is not None and target is None:
-            raise OptionError(f"{table} was given without a target. Say which column to predict: --target COLUMN.")
+            raise OptionError(
+                f"{table} was given without a target. Say which column to predict: --target COLUMN."
+            )
         options = FitOptions(
             task=task.value,
             rate=_rate(rate),
@@ -116,14 +129,16 @@ def predict(
     table: Table = None,
     out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("predictions.csv"),
     header: Header = None,
-    chunk_rows: Annotated[int, typer.Option(min=1, help="Rows read at a time; changes nothing in the output.")] = 65_536,
+    chunk_rows: Annotated[
+        int, typer.Option(min=1, help="Rows read at a time; changes nothing in the output.")
+    ] = 65_536,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Predict every row of TABLE: adds mean, spread and interval, or class probabilities and entropy."""
     with _one_line_errors():
-        from dropkit.jobs import demo_table, predict_table
         from dropkit.jobs import as_json as plain
+        from dropkit.jobs import demo_table, predict_table
 
         summary = predict_table(
             model, demo_table() if table is None else table, out, force=force,
@@ -134,8 +149,10 @@ def predict(
             return
         for note in summary.notes:
             typer.echo(note, err=True)
-        typer.echo(f"{summary.rows:,} rows predicted into {out}: {', '.join(summary.columns[:8])}"
-                   f"{' ...' if len(summary.columns) > 8 else ''}.")
+        typer.echo(
+            f"{summary.rows:,} rows predicted into {out}: {', '.join(summary.columns[:8])}"
+            f"{' ...' if len(summary.columns) > 8 else ''}."
+        )
 
 
 def _rate(given: str) -> Any:
@@ -186,14 +203,21 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[Progress], No
     if not console.is_terminal:
         yield say, None
         return
-    text = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn()
+    text = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+    )
     with Bar(*text, console=console, transient=True) as bar:
         line = bar.add_task("reading", total=None, state="")
 
         def progress(event: Progress) -> None:
             what = "searching for the rate" if event.stage == "search" else "training"
             best = f", best validation loss {event.best:.3f}" if event.best == event.best else ""
-            state = f"epoch {event.epoch} of {event.max_epochs}, {event.live} of {event.networks} networks{best}"
+            state = (
+                f"epoch {event.epoch} of {event.max_epochs}, {event.live} of {event.networks} networks{best}"
+            )
             bar.update(line, description=what, total=event.max_epochs, completed=event.epoch, state=state)
 
         yield say, progress

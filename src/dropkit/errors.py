@@ -66,6 +66,10 @@ def check_probability(p: float, name: str = "p") -> float:
     except (TypeError, ValueError):
         raise ProbabilityError(f"{name}={p!r} was given; a probability is a number in [0, 1].") from None
     if not 0.0 <= value <= 1.0:  # stated as what is allowed, so NaN fails too
-        hint = f"As a percentage, write {value / 100}." if 2 <= value <= 100 else "Give the chance to drop, not to keep."
+        hint = (
+            f"As a percentage, write {value / 100}."
+            if 2 <= value <= 100
+            else "Give the chance to drop, not to keep."
+        )
         raise ProbabilityError(f"{name}={p!r} was given; a probability lies in [0, 1]. {hint}")
     return value

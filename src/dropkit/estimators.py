@@ -13,7 +13,13 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_array, check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import (
+    check_array,
+    check_consistent_length,
+    check_is_fitted,
+    column_or_1d,
+    validate_data,
+)
 
 from dropkit import training
 from dropkit.committee import ClassificationPrediction, Committee, RegressionPrediction
@@ -55,10 +61,12 @@ class _DropoutEstimator(BaseEstimator):
         tags.input_tags.allow_nan = True
         return tags
 
-    def _fit(self, x: ArrayLike, y: NDArray[Any], likelihood: Likelihood, classes: int | None) -> None:
-        frame = self._frame(x, reset=True)
+    def _fit(self, frame: pd.DataFrame, y: NDArray[Any], likelihood: Likelihood, classes: int | None) -> None:
         if len(frame) < 2:
-            raise TableError(f"n_samples={len(frame)} was given; one row to learn from and one to validate are the least.")
+            raise TableError(
+                f"n_samples={len(frame)} was given; one row to learn from and one to validate are the least."
+            )
+        check_consistent_length(frame, y)
         seed = self.random_state
         if not isinstance(seed, int | np.integer):
             seed = check_random_state(seed).randint(1 << 31)
@@ -76,8 +84,9 @@ class _DropoutEstimator(BaseEstimator):
 
     def _frame(self, x: ArrayLike, *, reset: bool) -> pd.DataFrame:
         """The rows under named columns: an array's are checked to be numbers, a frame's are described."""
-        self._is_frame = isinstance(x, pd.DataFrame) and not all(map(pd.api.types.is_numeric_dtype, x.dtypes))
-        if self._is_frame:
+        self._is_frame = False
+        if isinstance(x, pd.DataFrame) and not all(map(pd.api.types.is_numeric_dtype, x.dtypes)):
+            self._is_frame = True
             validate_data(self, x, reset=reset, skip_check_array=True)
             return x.reset_index(drop=True)
         checked = validate_data(
@@ -138,8 +147,9 @@ class DropoutRegressor(RegressorMixin, _DropoutEstimator):
         """
         if y is None:
             raise ValueError("requires y to be passed, but the target y is None.")
+        frame = self._frame(X, reset=True)
         values = column_or_1d(check_array(y, ensure_2d=False, dtype=np.float64, input_name="y"), warn=True)
-        self._fit(X, values, "gaussian", None)
+        self._fit(frame, values, "gaussian", None)
         return self
 
     def predict(self, X: ArrayLike, return_std: bool = False) -> Any:
@@ -153,12 +163,14 @@ class DropoutRegressor(RegressorMixin, _DropoutEstimator):
 
         Conformal for the levels 0.5, 0.6, ... 0.9, 0.95 that had enough validation rows, else the committee's own.
         """
-        interval = self.committee_.interval(self.predict_committee(X), level)
+        prediction = self.predict_committee(X)
+        interval = self.committee_.interval(prediction, level)
         return np.stack([end.double().numpy() for end in interval], axis=1)
 
     def predict_committee(self, X: ArrayLike) -> RegressionPrediction:
         """All that the committee says: samples, epistemic and aleatoric variance, Monte Carlo error."""
-        prediction = self.committee_.predict(self._encode(X))
+        encoded = self._encode(X)
+        prediction = self.committee_.predict(encoded)
         assert isinstance(prediction, RegressionPrediction)
         return prediction
 
@@ -188,17 +200,21 @@ class DropoutClassifier(ClassifierMixin, _DropoutEstimator):
         """
         if y is None:
             raise ValueError("requires y to be passed, but the target y is None.")
+        frame = self._frame(X, reset=True)
         labels = column_or_1d(y, warn=True)
         check_classification_targets(labels)
         self.classes_, indices = np.unique(labels, return_inverse=True)
         if len(self.classes_) < 2:
-            raise TableError(f"y with 1 class was given ({self.classes_[0]!r}); a classifier needs at least two.")
-        self._fit(X, indices.astype(np.int64), "categorical", len(self.classes_))
+            raise TableError(
+                f"y with 1 class was given ({self.classes_[0]!r}); a classifier needs at least two."
+            )
+        self._fit(frame, indices.astype(np.int64), "categorical", len(self.classes_))
         return self
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """The likeliest label of each row (N,)."""
-        return self.classes_[self.predict_committee(X).label.numpy()]
+        prediction = self.predict_committee(X)
+        return self.classes_[prediction.label.numpy()]
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """Probability of each class (N, C), columns as in `classes_`."""
@@ -206,6 +222,7 @@ class DropoutClassifier(ClassifierMixin, _DropoutEstimator):
 
     def predict_committee(self, X: ArrayLike) -> ClassificationPrediction:
         """All that the committee says: members' probabilities, entropy, mutual information."""
-        prediction = self.committee_.predict(self._encode(X))
+        encoded = self._encode(X)
+        prediction = self.committee_.predict(encoded)
         assert isinstance(prediction, ClassificationPrediction)
         return prediction

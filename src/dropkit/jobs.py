@@ -19,7 +19,15 @@ from dropkit import training
 from dropkit.committee import ClassificationPrediction, Committee, ConformalInterval
 from dropkit.committee.calibrated import LEVEL, CalibratedCommittee
 from dropkit.errors import OptionError, OutputError, TableError
-from dropkit.evaluation import Split, compare, evaluate_classification, evaluate_regression, spread_by_members
+from dropkit.evaluation import (
+    ClassificationEvaluation,
+    RegressionEvaluation,
+    Split,
+    compare,
+    evaluate_classification,
+    evaluate_regression,
+    spread_by_members,
+)
 from dropkit.report import (
     ColumnSummary,
     DataSummary,
@@ -201,14 +209,18 @@ def _prepare(source: TableSource, target: Target, options: FitOptions, scratch: 
     columns = describe_columns(sample.drop(columns=[target.name]), kinds=options.kinds, ignore=options.ignore)
     y = target.encode(source.cells(target.name))
     likelihood: Likelihood = "gaussian" if target.task == "regression" else "categorical"
-    test_rows = divide_rows(y, options.test_share, likelihood=likelihood, seed=options.seed, most=MOST_TEST_ROWS)
+    test_rows = divide_rows(
+        y, options.test_share, likelihood=likelihood, seed=options.seed, most=MOST_TEST_ROWS
+    )
     encoder = Encoder.fit(sample[~sample.index.isin(test_rows)], columns)
     large = 4 * len(y) * encoder.features > IN_MEMORY
     encoded = encode_stream(source, encoder, target=target, path=scratch / "encoded.f32" if large else None)
     notes = [f"{c.name!r} is left out: {c.dropped}." for c in columns if c.dropped]
     notes += [f"{c.name!r}: {c.note}." for c in columns if c.note and not c.dropped]
     if len(y) > SAMPLE_ROWS:
-        notes.append(f"Columns were described and their encoding learned from {SAMPLE_ROWS:,} rows, drawn evenly.")
+        notes.append(
+            f"Columns were described and their encoding learned from {SAMPLE_ROWS:,} rows, drawn evenly."
+        )
     return _Prepared(target, encoder, encoded, y, test_rows, sample, tuple(notes))
 
 
@@ -225,7 +237,9 @@ def _learn(
         max_epochs=options.max_epochs, effort=options.effort, progress=progress,
     )  # fmt: skip
     trained = time.perf_counter()
-    committee = Committee(fit.network, options.members, options.seed, prepared.likelihood, allow_no_spread=True)
+    committee = Committee(
+        fit.network, options.members, options.seed, prepared.likelihood, allow_no_spread=True
+    )
     held = fit.validation_rows
     asked = CalibratedCommittee.fit(committee, x[held], y[held])
     model = TableModel(prepared.encoder, target, fit.spec, fit.network, asked)
@@ -254,7 +268,9 @@ def _learn(
     return report
 
 
-def _evaluate(source: TableSource, prepared: _Prepared, fit: Fit, asked: CalibratedCommittee) -> dict[str, Any]:
+def _evaluate(
+    source: TableSource, prepared: _Prepared, fit: Fit, asked: CalibratedCommittee
+) -> dict[str, Any]:
     """What the held-out rows say: the evaluation, the spread against members, the comparison."""
     x, y, test = prepared.encoded.x, prepared.y, prepared.test_rows
     prediction = asked.predict(x[test])
@@ -264,8 +280,9 @@ def _evaluate(source: TableSource, prepared: _Prepared, fit: Fit, asked: Calibra
     def cells(position: int) -> dict[str, object]:
         return dict(rows.iloc[position])
 
+    calibration: ConformalInterval | None = None
+    held: ClassificationEvaluation | RegressionEvaluation
     if isinstance(prediction, ClassificationPrediction):
-        calibration = None
         held = evaluate_classification(
             y[test], prediction, prepared.target.classes, row_numbers=test + 1, cells=cells
         )
@@ -283,7 +300,9 @@ def _evaluate(source: TableSource, prepared: _Prepared, fit: Fit, asked: Calibra
     }
 
 
-def _table_rows(source: TableSource, prepared: _Prepared, rows: np.ndarray[Any, Any], columns: list[str]) -> pd.DataFrame:
+def _table_rows(
+    source: TableSource, prepared: _Prepared, rows: np.ndarray[Any, Any], columns: list[str]
+) -> pd.DataFrame:
     """Some columns of some rows, as they stand in the table."""
     if len(prepared.sample) == len(prepared.y):
         return prepared.sample.loc[rows, columns]

@@ -19,7 +19,10 @@ RATES = [0.0, 1e-6, 7e-6, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.999, 1.0]
 def line(number: int) -> str:
     """One golden mask; edges of every field come up often."""
     draw = random.Random(number)
-    edge = lambda bits: draw.choice([0, 1, (1 << bits) - 1, draw.getrandbits(bits), draw.getrandbits(bits // 2)])  # noqa: E731
+
+    def edge(bits: int) -> int:
+        return draw.choice([0, 1, (1 << bits) - 1, draw.getrandbits(bits), draw.getrandbits(bits // 2)])
+
     seed, step, sample, member = edge(64), edge(32), edge(40), edge(24)
     site, call = draw.choice(SITES[1:]), draw.choice([0, 0, 1, 7])
     width, p = draw.choice([1, 7, 8, 9, 64, 100, 511, 512, 513, 1000, 4096]), draw.choice(RATES)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -237,6 +238,8 @@ class ConformalInterval:
         Raises:
             ModelDirectoryError: a field is missing, of another type, or out of range.
         """
+        if not isinstance(data, Mapping):
+            raise ModelDirectoryError(f"the intervals are {type(data).__name__}; a mapping was expected.")
         levels, factors, normalised = (data.get(key) for key in ("levels", "factors", "normalised"))
         if (
             not isinstance(levels, list)
@@ -391,14 +394,14 @@ def _negative_log_likelihood(mean: Tensor, y: Tensor, temperature: float) -> flo
     return -float(chosen.clamp_min(torch.finfo(chosen.dtype).tiny).log().mean())
 
 
-def _number(data: Mapping[str, Any], key: str, low: float = -math.inf, high: float = math.inf) -> float:
-    value = data.get(key)
-    good = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-    if not good or not math.isfinite(value):  # type: ignore[arg-type]
+def _number(data: Mapping[str, Any], key: str, low: float = 0.0, high: float = sys.float_info.max) -> float:
+    value = data.get(key) if isinstance(data, Mapping) else None
+    # The bounds are finite, so infinities, NaN and whole numbers beyond any float fail too.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise ModelDirectoryError(
             f"the calibration's {key}={value!r}; a number from {low:g} to {high:g} was expected."
         )
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def _count(data: Mapping[str, Any], key: str) -> int:

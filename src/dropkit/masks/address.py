@@ -76,7 +76,9 @@ def _check_samples(samples: Tensor) -> Tensor:
     if samples.dtype.is_floating_point or samples.dtype in (torch.bool, torch.complex64, torch.complex128):
         raise AddressError(f"samples of dtype {samples.dtype} were given; row ids are whole numbers (int64).")
     if samples.ndim != 1:
-        raise AddressError(f"samples of shape {tuple(samples.shape)} were given; one id for each row, (B,), is needed.")
+        raise AddressError(
+            f"samples of shape {tuple(samples.shape)} were given; one id for each row, (B,), is needed."
+        )
     if samples.numel() and not (0 <= int(samples.min()) and int(samples.max()) < SAMPLES):
         raise AddressError(
             f"samples from {int(samples.min())} to {int(samples.max())} were given; a row id lies in [0, 2**40)."
@@ -174,7 +176,9 @@ class masks:  # a context manager, named like contextlib's in lower case
         self._calls[name] = call + 1
         site = site_hash(name, call)
         if self._hashes.setdefault(site, (name, call)) != (name, call):
-            raise AddressError(f"sites {name!r} and {self._hashes[site][0]!r} meet in one hash; rename one of the layers.")
+            raise AddressError(
+                f"sites {name!r} and {self._hashes[site][0]!r} meet in one hash; rename one of the layers."
+            )
         return site
 
 

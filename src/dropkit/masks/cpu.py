@@ -40,7 +40,9 @@ _REFINE = _U(REFINE)
 
 
 @njit(nogil=True, cache=True, inline="never")
-def _philox_batch(block: Array, sample: Array, key: np.uint64, member: np.uint64, step: np.uint64, words: Array) -> None:
+def _philox_batch(
+    block: Array, sample: Array, key: np.uint64, member: np.uint64, step: np.uint64, words: Array
+) -> None:
     """Fill `words` (2 BATCH,) uint64 with the blocks of BATCH counters, two 64-bit words each."""
     for i in range(BATCH):
         c0 = block[i]
@@ -126,7 +128,11 @@ def dropout_rows(
     groups, replicas = t.shape
     block, sample = np.empty(BATCH, np.uint64), np.empty(BATCH, np.uint64)
     words, second = np.empty(2 * BATCH, np.uint64), np.empty(2 * BATCH, np.uint64)
-    lane, second_lane, plain = words.view(np.uint16), second.view(np.uint16), np.empty(LANES * BATCH, np.uint16)
+    lane, second_lane, plain = (
+        words.view(np.uint16),
+        second.view(np.uint16),
+        np.empty(LANES * BATCH, np.uint16),
+    )
     for a in range(groups):
         ids = samples[min(a, len(samples) - 1)]
         for first in range(start, stop, BATCH):

@@ -43,7 +43,9 @@ def normalise_shared(shared: Sequence[int], ndim: int) -> tuple[int, ...]:
     """
     for dim in shared:
         if not -ndim <= dim < ndim:
-            raise ShapeError(f"shared={tuple(shared)} was given for an input with {ndim} dims; allowed: {-ndim} to {ndim - 1}.")
+            raise ShapeError(
+                f"shared={tuple(shared)} was given for an input with {ndim} dims; allowed: {-ndim} to {ndim - 1}."
+            )
     return tuple(sorted({dim % ndim for dim in shared}))
 
 
@@ -60,7 +62,9 @@ def _quantised_rates(rates: tuple[float, ...], groups: int, replicas: int) -> tu
     """t, fine (int64) and scale (float64), each (A, R), of the rates of all networks; read, never written."""
     if len(rates) == 1:
         rates *= groups * replicas
-    t, fine, scale = (np.array(column).reshape(groups, replicas) for column in zip(*map(_quantised, rates), strict=True))
+    t, fine, scale = (
+        np.array(column).reshape(groups, replicas) for column in zip(*map(_quantised, rates), strict=True)
+    )
     return t, fine, scale
 
 
@@ -70,11 +74,15 @@ def _row_ids(samples: Tensor | None, rows: int, row_offset: int, batch_shared: b
         return np.zeros((1, 1), np.uint64)
     if samples is None:
         if row_offset + rows > SAMPLES:
-            raise AddressError(f"{rows} rows from row_offset={row_offset} on were given; a row id lies in [0, 2**40).")
+            raise AddressError(
+                f"{rows} rows from row_offset={row_offset} on were given; a row id lies in [0, 2**40)."
+            )
         return np.arange(row_offset, row_offset + rows, dtype=np.uint64).reshape(1, rows)
     ids = np.ascontiguousarray(samples.numpy()).view(np.uint64)
     if ids.shape[-1] != rows:
-        raise ShapeError(f"{ids.shape[-1]} sample ids were given for {rows} rows; one id for each row is needed.")
+        raise ShapeError(
+            f"{ids.shape[-1]} sample ids were given for {rows} rows; one id for each row is needed."
+        )
     return ids.reshape(-1, rows)
 
 
@@ -168,7 +176,18 @@ def _fill(
 
         def run(start: int, stop: int) -> None:
             cpu.dropout_shared(
-                source, *strides, target, mask, factors, replicas, rows, width, sizes, mask_strides, start, stop
+                source,
+                *strides,
+                target,
+                mask,
+                factors,
+                replicas,
+                rows,
+                width,
+                sizes,
+                mask_strides,
+                start,
+                stop,
             )
 
         cpu.in_parallel(run, groups * replicas * rows * collapsed[0][0], out.numel())
@@ -183,7 +202,13 @@ def _fill(
 
 
 def _elementwise(
-    source: Array, strides: tuple[int, int], target: Array, address: tuple[Any, ...], scale: Array, rows: int, width: int
+    source: Array,
+    strides: tuple[int, int],
+    target: Array,
+    address: tuple[Any, ...],
+    scale: Array,
+    rows: int,
+    width: int,
 ) -> None:
     """`cpu.dropout_rows` on as many threads as the work is worth."""
     keys, members, ids, step, t, fine = address
@@ -206,7 +231,9 @@ def _dropout_fake(
 ) -> Tensor:  # fmt: skip
     if key.ndim == 0:
         return torch.empty_like(x)
-    networks = max(len(x), len(key), len(member), len(p), len(samples) if samples is not None and samples.ndim > 1 else 1)
+    networks = max(
+        len(x), len(key), len(member), len(p), len(samples) if samples is not None and samples.ndim > 1 else 1
+    )
     return torch.empty_like(x) if len(x) == networks else x.new_empty((networks, *x.shape[1:]))
 
 
@@ -279,8 +306,8 @@ def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tenso
         return tensor[None] if dim is None else tensor.movedim(dim, 0)
 
     ids = samples if samples is None or in_dims[4] is None else samples.movedim(in_dims[4], 0)
-    batched = [lead(tensor, dim) for tensor, dim in zip((x, key, member, p), in_dims[:4], strict=True)]
-    out = dropout(*batched, ids, step, row_offset, shared)
+    x, key, member, p = (lead(t, dim) for t, dim in zip((x, key, member, p), in_dims[:4], strict=True))
+    out = dropout(x, key, member, p, ids, step, row_offset, shared)
     if len(out) != info.batch_size:  # only one of K was there: samples of size one, or a vmap of size one
         out = out.expand(info.batch_size, *out.shape[1:])
     return out, 0
@@ -299,7 +326,7 @@ def _nested_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tupl
             tensor = tensor[None]
         return tensor.expand(outer, inner, *tensor.shape[2:]).flatten(0, 1)
 
-    merged = [merge(t, d) for t, d in zip(plain, dims, strict=True)]
+    x, key, member, p = (merge(t, d) for t, d in zip(plain, dims, strict=True))
     ids = samples
     if samples is not None and (in_dims[4] is not None or samples.ndim > 1):
         ids = samples if in_dims[4] is None else samples.movedim(in_dims[4], 0)
@@ -308,5 +335,5 @@ def _nested_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tupl
         elif ids.ndim == 2:
             ids = ids[:, None]
         ids = ids.expand(outer, inner, ids.shape[-1]).flatten(0, 1)
-    out = dropout(*merged, ids, step, row_offset, shared)
+    out = dropout(x, key, member, p, ids, step, row_offset, shared)
     return out.unflatten(0, (outer, inner)), 0

@@ -71,7 +71,9 @@ def philox_4x32(counter: Tensor, key: Tensor, rounds: int = ROUNDS) -> Tensor:
     return torch.stack(torch.broadcast_tensors(*words), dim=-1)
 
 
-def lanes(key: Tensor, member: Tensor, samples: Tensor, step: int, count: int, *, refine: bool = False) -> Tensor:
+def lanes(
+    key: Tensor, member: Tensor, samples: Tensor, step: int, count: int, *, refine: bool = False
+) -> Tensor:
     """The 16-bit lanes that decide about the first `count` elements of each sample's mask.
 
     Args:

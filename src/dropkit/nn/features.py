@@ -52,8 +52,8 @@ def dropout(
         >>> import torch, dropkit as dk
         >>> with dk.masks(seed=0):
         ...     dk.functional.dropout(torch.ones(2, 4), p=0.5)
-        tensor([[2., 0., 0., 0.],
-                [2., 2., 2., 0.]])
+        tensor([[2., 2., 0., 2.],
+                [2., 0., 0., 2.]])
     """
     if isinstance(p, Tensor):
         rate = p.to(torch.float64)

@@ -31,7 +31,7 @@ def predicted_against_true(points: RegressionPoints, target: str, level: float) 
     axes.plot(
         [low, high], [low, high], color=MUTED, linewidth=1, linestyle=(0, (4, 3)), label="predicted = true"
     )
-    for inside, colour, label in ((True, FIRST, "truth inside the"), (False, SECOND, "outside the")):
+    for inside, colour, label in ((True, FIRST, "inside"), (False, SECOND, "outside")):
         bars = barred[missed[barred] != inside]
         dots = kept[missed[kept] != inside]
         axes.vlines(true[bars], lower[bars], upper[bars], color=colour, alpha=0.35, linewidth=1)

@@ -22,8 +22,8 @@ def trade_off(search: Search) -> Figure:
     chosen = search.trials[search.chosen]
     values = [
         ("validation loss\n[nats per row]", lambda t: t.validation_loss, FIRST),
-        ("gap: validation − train\n[nats per row]", lambda t: t.gap, SECOND),
-        ("epochs to the\nbest epoch", lambda t: t.epochs, THIRD),
+        ("gap\n[nats per row]", lambda t: t.gap, SECOND),
+        ("epochs until\nconverged", lambda t: t.epochs, THIRD),
     ]
     for axes, (label, value, colour) in zip(panels, values, strict=True):
         if len(search.trials) > len(line):

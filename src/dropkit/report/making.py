@@ -25,7 +25,7 @@ def search(report: FitReport) -> Section | None:
         low, high = line[0], line[-1]
         here.append(
             f"From p = {low.rate:g} to p = {high.rate:g} the gap goes from {number(low.gap)} to "
-            f"{number(high.gap)} nats, and the best epoch from {low.epochs} to {high.epochs}."
+            f"{number(high.gap)} nats, and the epochs until converged from {low.epochs:g} to {high.epochs:g}."
         )
     if lost:
         here.append(f"{count(lost, 'candidate')} diverged: no loss could be computed.")
@@ -34,20 +34,19 @@ def search(report: FitReport) -> Section | None:
         "rate",
         "What dropout costs and what it buys",
         tuple(here),
-        reading="Noise in training makes the gap between validation and training smaller and the way to the best "
-        "epoch longer; the lowest point of the upper panel wins. Where no rate lies lower than p = 0 by more than its "
-        "error bar, dropout buys nothing in likelihood.",
+        reading="Noise in training makes the gap between validation and training smaller and the way longer. The "
+        "lowest point of the upper panel wins; p = 0 wins only where it is clearly lower, as a committee needs masks. "
+        "Where no rate lies lower than p = 0 by more than its error bar, dropout buys nothing in likelihood.",
         plot=Plot(
             "trade-off",
             f"Validation loss, gap and epochs against the rate for {count(len(found.trials), 'candidate')}. {here[0]}",
-            "Rate against validation loss (± one standard error over rows), gap and epochs, all at each candidate’s "
-            f"best epoch; {count(report.data.validation_rows, 'validation row')}, seed {report.model.seed}.",
+            "Rate against validation loss (± one standard error over rows), gap at the best epoch, and epochs until "
+            f"converged; {count(report.data.validation_rows, 'validation row')}, seed {report.model.seed}.",
         ),
         tables=(
             Table(
-                caption=f"The {count(len(order), 'best candidate')} of {len(found.trials)}, losses in nats per row"
-                + ("" if report.data.task == "classification" else " of the standardised target")
-                + f"; chosen: p = {chosen.rate:g}.",
+                caption=f"The {count(len(order), 'best candidate')} of {len(found.trials)}, losses in nats per row; "
+                f"chosen: p = {chosen.rate:g}.",
                 header=("rate", "input rate", "width", "weight decay", "validation loss", "gap", "epochs"),
                 rows=tuple(trial_row(found.trials[k]) for k in order),
                 numeric=(True,) * 7,
@@ -77,7 +76,7 @@ def trial_row(trial: Trial) -> tuple[str, ...]:
     """One candidate as a row of texts."""
     loss = measured(trial.validation_loss, trial.standard_error)
     widths = f"{trial.rate:g}", f"{trial.input_rate:g}", f"{trial.width}", f"{trial.weight_decay:g}"
-    return (*widths, loss, number(trial.gap), f"{trial.epochs}")
+    return (*widths, loss, number(trial.gap), f"{trial.epochs:g}")
 
 
 def search_verdict(found: Search) -> str:
@@ -89,12 +88,13 @@ def search_verdict(found: Search) -> str:
     won = f"p = {chosen.rate:g} on hidden units and {chosen.input_rate:g} on inputs won"
     if not plain:
         return f"Of {count(len(found.trials), 'candidate')}, {won}."
-    best = min(plain, key=lambda trial: trial.validation_loss)
+    best = min(plain, key=worst_last)
     gain = best.validation_loss - chosen.validation_loss
-    clear = "more" if gain > chosen.standard_error else "less"
+    clear = "more" if abs(gain) > chosen.standard_error else "less"
     return (
-        f"Of {count(len(found.trials), 'candidate')}, {won}: {number(gain, 2)} nats per row below the best network "
-        f"without dropout, {clear} than one standard error of the loss ({number(chosen.standard_error, 2)})."
+        f"Of {count(len(found.trials), 'candidate')}, {won}: {number(abs(gain), 2)} nats per row "
+        f"{'below' if gain >= 0 else 'above'} the best network without dropout, {clear} than one standard error of "
+        f"the loss ({number(chosen.standard_error, 2)})."
     )
 
 
@@ -115,7 +115,6 @@ def learning(report: FitReport) -> Section | None:
         f"Validation loss is lowest at epoch {curves.best_epoch}, whose weights are kept, with a gap of "
         f"{number(gap)} nats to the training loss{after}.",
     )
-    unit = "" if report.data.task == "classification" else ", target standardised"
     return Section(
         "learning",
         "How it learned",
@@ -125,7 +124,7 @@ def learning(report: FitReport) -> Section | None:
         plot=Plot(
             "learning",
             f"Training and validation loss over {curves.epoch[-1]} epochs. {here[0]}",
-            f"Epoch against negative log-likelihood in nats per row{unit}, on "
+            f"Epoch against negative log-likelihood in nats per row, on "
             f"{count(report.data.training_rows, 'training row')} and "
             f"{count(report.data.validation_rows, 'validation row')}; seed {report.model.seed}.",
         ),

@@ -9,7 +9,7 @@ from typing import Literal
 
 from dropkit.errors import ModelDirectoryError
 from dropkit.evaluation import ClassificationEvaluation, Comparison, RegressionEvaluation, SpreadByMembers
-from dropkit.report.plain import finite, rebuild
+from dropkit.records import finite, rebuild
 
 SCHEMA = 1
 
@@ -104,11 +104,11 @@ class Trial:
         input_rate: chance to drop an input.
         width: units in each hidden layer.
         weight_decay: strength of the L2 penalty.
-        train_loss: negative log-likelihood on the training rows at the best epoch, no mask drawn, nats per row.
-        validation_loss: the same on the validation rows; the smallest wins.
+        train_loss: negative log-likelihood on the training rows at the best epoch, masks off, nats per row.
+        validation_loss: the committee's on the validation rows; the smallest wins.
         standard_error: of `validation_loss`, over rows.
-        gap: validation_loss - train_loss.
-        epochs: until the best epoch.
+        gap: validation loss minus training loss, both with masks off.
+        epochs: until it had converged; a mean where there were several folds.
     """
 
     rate: float
@@ -119,7 +119,7 @@ class Trial:
     validation_loss: float
     standard_error: float
     gap: float
-    epochs: int
+    epochs: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class LearningCurves:
-    """Loss by epoch of the chosen network, nats per row (a number's target standardised).
+    """Loss by epoch of the chosen network, nats per row.
 
     Attributes:
         epoch: counted from 1.

@@ -174,7 +174,7 @@ def rate_card(report: FitReport) -> Card:
     model = report.model
     if report.search is None:
         return Card("Dropout rate", f"p = {model.rate:g}", "given, not searched for")
-    note = f"best of {count(len(report.search.trials), 'candidate')} on validation likelihood"
+    note = f"chosen from {count(len(report.search.trials), 'candidate')} by validation likelihood"
     if model.rate == 0 and model.input_rate == 0:
         return Card("Dropout rate", "p = 0", f"{note}: no dropout was best", "fair")
     return Card("Dropout rate", f"p = {model.rate:g}", f"{note}; on inputs p = {model.input_rate:g}")

@@ -18,7 +18,7 @@ import pandas as pd
 from dropkit.errors import ModelDirectoryError, TableError
 from dropkit.tables.cells import KINDS, Column, read_column
 from dropkit.tables.records import as_list, as_record
-from dropkit.tables.source import suggest
+from dropkit.tables.source import check_names, suggest
 
 MOST_LABELS = 64
 """Most one-hot columns of a category, the pool of rare labels included."""
@@ -121,6 +121,7 @@ class Encoder:
         if not kept:
             why = "; ".join(f"{column.name!r}: {column.dropped}" for column in columns)
             raise TableError(f"No column is left to learn from ({why}). Give a table with columns that vary.")
+        frame = _named(frame)
         numbers: list[NumberPart] = []
         categories: list[CategoryPart] = []
         for column in kept:
@@ -178,7 +179,8 @@ class Encoder:
         Raises:
             TableError: a column is missing, or a cell is of another type than its column or infinite.
         """
-        self.check_columns([str(name) for name in frame.columns])
+        frame = _named(frame)
+        self.check_columns(list(frame.columns))
         values = {column.name: read_column(frame[column.name], column) for column in self.used}
         of_column = {column.name: column for column in self.used}
         unseen: dict[str, int] = {}
@@ -240,6 +242,12 @@ class Encoder:
         return encoder
 
 
+def _named(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with its column names as text, each there once."""
+    names = check_names([str(name) for name in frame.columns], "the table")
+    return frame.set_axis(list(names), axis=1)
+
+
 def _parts(values: np.ndarray, column: Column) -> dict[str, np.ndarray]:
     """Numbers that stand for a column: itself, or the parts of a date."""
     if column.kind != "date":
@@ -258,7 +266,10 @@ def _parts(values: np.ndarray, column: Column) -> dict[str, np.ndarray]:
 
 
 def _fit_number(values: np.ndarray, column: str, part: str) -> NumberPart:
-    """Learn one number. A heavy tail (a value beyond 10 standard deviations) is drawn in by asinh."""
+    """Learn one number. A heavy tail (a value beyond 10 standard deviations) is drawn in by asinh.
+
+    Unlike quantiles or clipping, asinh has no bound: a value far outside the table still looks far outside.
+    """
     from sklearn.impute import SimpleImputer
     from sklearn.preprocessing import RobustScaler, StandardScaler
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
@@ -84,7 +83,15 @@ class TableModel:
                 raise ValueError("the network does not fit the encoder or the target")
         except ModelDirectoryError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError, DropkitError) as error:
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+            SafetensorError,
+            DropkitError,
+        ) as error:
             raise ModelDirectoryError(
                 f"{path} does not hold a model this release can use ({' '.join(str(error).split())[:200]}). "
                 "Copy the model anew or fit again."
@@ -142,23 +149,26 @@ class TableModel:
     def answers(self, prediction: Prediction) -> pd.DataFrame:
         """A prediction as columns: `answer_columns` says which."""
         if isinstance(prediction, RegressionPrediction):
-            interval = self.asked.interval(prediction)
-            parts = (prediction.mean, prediction.std, prediction.epistemic.sqrt(), prediction.aleatoric.sqrt(), *interval)
-            return pd.DataFrame(dict(zip(self.answer_columns, map(_numbers, parts), strict=True)))
-        probabilities = prediction.probabilities
-        labels = np.array(self.target.classes, dtype=object)[prediction.label.numpy()]
-        parts = (*probabilities.unbind(dim=-1), prediction.entropy, prediction.mutual_information)
-        return pd.DataFrame(dict(zip(self.answer_columns, [labels, *map(_numbers, parts)], strict=True)))
+            lower, upper = self.asked.interval(prediction)
+            spread = (prediction.std, prediction.epistemic.sqrt(), prediction.aleatoric.sqrt())
+            values = [_numbers(part) for part in (prediction.mean, *spread, lower, upper)]
+        else:
+            labels = np.array(self.target.classes, dtype=object)[prediction.label.numpy()]
+            doubt = (prediction.entropy, prediction.mutual_information)
+            values = [labels, *map(_numbers, (*prediction.probabilities.unbind(dim=-1), *doubt))]
+        return pd.DataFrame(dict(zip(self.answer_columns, values, strict=True)))
 
     @property
     def answer_columns(self) -> tuple[str, ...]:
         """Names of the columns that a prediction adds to a table."""
-        name, percent = self.target.name, round(100 * LEVEL)
+        percent = round(100 * LEVEL)
         if self.target.task == "regression":
-            parts = ("mean", "std", "epistemic_std", "aleatoric_std", f"lower_{percent}", f"upper_{percent}")
+            parts = ["mean", "std", "epistemic_std", "aleatoric_std", f"lower_{percent}", f"upper_{percent}"]
         else:
-            parts = ("predicted", *(f"probability_{c}" for c in self.target.classes), "entropy", "mutual_information")
-        return tuple(f"{name}_{part}" for part in parts)
+            parts = [
+                "predicted", *(f"probability_{label}" for label in self.target.classes), "entropy", "mutual_information"
+            ]  # fmt: skip
+        return tuple(f"{self.target.name}_{part}" for part in parts)
 
     def check_source(self, source: TableSource) -> tuple[str, ...]:
         """Return the columns of a table that the model does not use, or say why it cannot be predicted.
@@ -197,7 +207,7 @@ class Seen:
             for name, count in self.unseen.items()
         ]
         notes += [
-            f"{name!r}: {count} cells are missing, and none was when the model was fitted; the column's middle stands in."
+            f"{name!r}: {count} cells are missing, and none was in training; the column's middle stands in."
             for name, count in self.gaps.items()
         ]
         return tuple(notes)

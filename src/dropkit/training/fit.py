@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dropkit.errors import OptionError, ShapeError, check_probability
+from dropkit.training.division import DIVISION, divide_rows, make_folds
 from dropkit.training.network import LIKELIHOODS, Likelihood, NetworkSpec
+from dropkit.training.records import Curve, Fold, Plan, Progress, Rows, Trained
 from dropkit.training.search import Candidate, Search, search_candidates
-from dropkit.training.stack import Curve, Fold, Plan, Progress, Rows, Trained, train_stack
+from dropkit.training.stack import train_stack
 
-DIVISION = 3  # purpose of the random numbers that divide the rows
 RATES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
 SMALL = 300  # training rows below which fewer candidates compete for fewer steps
 FOLDED_ROWS = 2000  # training rows up to which candidates are compared on several folds
@@ -60,58 +61,6 @@ class Fit:
         return self.curve.best_epoch
 
 
-def divide_rows(
-    y: NDArray[np.generic], share: float, *, likelihood: Likelihood, seed: int, most: int = 20_000
-) -> Rows:
-    """Rows to hold out for validation: drawn at random, for classes the same share of each.
-
-    Of every class at least one row stays in training.
-
-    Args:
-        y: (N,), N at least 2.
-        share: part to hold out, in (0, 1).
-        likelihood: "categorical" draws from each class its share; else any rows.
-        seed: of the draw.
-        most: never more rows than this.
-
-    Returns:
-        Row numbers, rising; at least 1, at most N - 1.
-    """
-    n = len(y)
-    generator = np.random.default_rng([seed, DIVISION])
-    wanted = int(np.clip(round(share * n), 1, min(most, n - 1)))
-    shuffled = generator.permutation(n)
-    if likelihood == "gaussian":
-        return np.sort(shuffled[:wanted])
-    # Deal the classes out one row at a time: (rank + 1/2) / size orders the rows of all classes evenly, and the last
-    # row of each class is never dealt.
-    labels = np.asarray(y)[shuffled]
-    order = np.argsort(labels, kind="stable")
-    _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
-    rank, size = np.arange(n) - np.repeat(starts, sizes), np.repeat(sizes, sizes)
-    dealt = np.flatnonzero(rank < size - 1)
-    if not len(dealt):  # every class was seen once
-        return np.sort(shuffled[:1])
-    turn = (rank[dealt] + 0.5) / size[dealt]
-    return np.sort(shuffled[order[dealt[np.argsort(turn, kind="stable")[:wanted]]]])
-
-
-def make_folds(train: Rows, validation: Rows, count: int, *, seed: int) -> list[Fold]:
-    """The held-out rows as fold 0, and `count` - 1 folds that turn the training rows into validation rows in turn.
-
-    Fold 0 is the division of the final fit, so its winner is the final network already. All folds train on
-    equally many rows.
-    """
-    everything = np.sort(np.concatenate((train, validation)))
-    folds = [Fold(train, validation, 0)]
-    shuffled = np.random.default_rng([seed, DIVISION, 1]).permutation(train)
-    for i in range(1, count):
-        held = shuffled[(i - 1) * len(validation) : i * len(validation)]
-        if len(held) == len(validation):
-            folds.append(Fold(np.setdiff1d(everything, held), np.sort(held), i))
-    return folds
-
-
 def make_plan(rows: int, max_epochs: int | None, effort: Effort) -> Plan:
     """Budget, batch and patience for so many training rows. Depends on nothing else, so a seed says all.
 
@@ -129,7 +78,11 @@ def make_plan(rows: int, max_epochs: int | None, effort: Effort) -> Plan:
 
 
 def make_candidates(
-    rows: int, rate: float | Literal["auto"], hidden: tuple[int, ...] | None, weight_decay: float | None, effort: Effort
+    rows: int,
+    rate: float | Literal["auto"],
+    hidden: tuple[int, ...] | None,
+    weight_decay: float | None,
+    effort: Effort,
 ) -> list[Candidate]:
     """Who competes. Few rows, few candidates: noise in the choice would cost more than the choice gains."""
     small = rows < SMALL or effort == "quick"
@@ -238,8 +191,16 @@ def fit(
 
 
 def _search(
-    x: NDArray[np.float32], y: NDArray[np.generic], candidates: list[Candidate], train: Rows, validation: Rows,
-    likelihood: Likelihood, outputs: int, max_epochs: int | None, effort: Effort, seed: int,
+    x: NDArray[np.float32],
+    y: NDArray[np.generic],
+    candidates: list[Candidate],
+    train: Rows,
+    validation: Rows,
+    likelihood: Likelihood,
+    outputs: int,
+    max_epochs: int | None,
+    effort: Effort,
+    seed: int,
     progress: Callable[[Progress], None] | None,
 ) -> tuple[Trained | None, Search, Fold, bool]:
     """Search on folds of a short table, or on one division of some rows of a long one.
@@ -251,12 +212,28 @@ def _search(
     if not whole:
         generator = np.random.default_rng([seed, DIVISION, 2])
         train = np.sort(generator.choice(train, SEARCH_ROWS, replace=False))
-        validation = np.sort(generator.choice(validation, min(len(validation), SEARCH_ROWS // 4), replace=False))
-    count = 1 if len(train) > FOLDED_ROWS or len(train) < 10 else 3 if len(train) < SMALL or effort == "quick" else 5
+        validation = np.sort(
+            generator.choice(validation, min(len(validation), SEARCH_ROWS // 4), replace=False)
+        )
+    count = (
+        1
+        if len(train) > FOLDED_ROWS or len(train) < 10
+        else 3
+        if len(train) < SMALL or effort == "quick"
+        else 5
+    )
     plan = make_plan(len(train), max_epochs, effort)
     folds = make_folds(train, validation, count, seed=seed)
     search, winner, interrupted = search_candidates(
-        x, y, candidates, folds, likelihood=likelihood, outputs=outputs, plan=plan, seed=seed, progress=progress
+        x,
+        y,
+        candidates,
+        folds,
+        likelihood=likelihood,
+        outputs=outputs,
+        plan=plan,
+        seed=seed,
+        progress=progress,
     )
     search = replace(search, rows=len(train) + len(validation))
     return (winner if whole or interrupted else None), search, folds[0], interrupted
@@ -266,19 +243,29 @@ def _row_numbers(given: Sequence[int] | Rows, n: int, name: str, least: int) -> 
     """Row numbers, rising and each once."""
     numbers = np.unique(np.asarray(given, np.int64))
     if len(numbers) < least or numbers[0] < 0 or numbers[-1] >= n:
-        raise OptionError(f"{name} with {len(numbers)} numbers was given; at least {least} from 0 to {n - 1} are needed.")
+        raise OptionError(
+            f"{name} with {len(numbers)} numbers was given; at least {least} from 0 to {n - 1} are needed."
+        )
     return numbers
 
 
 def _check(
-    x: NDArray[np.float32], y: NDArray[np.generic], likelihood: Likelihood, classes: int | None, effort: Effort,
-    share: float, max_epochs: int | None, seed: int,
+    x: NDArray[np.float32],
+    y: NDArray[np.generic],
+    likelihood: Likelihood,
+    classes: int | None,
+    effort: Effort,
+    share: float,
+    max_epochs: int | None,
+    seed: int,
 ) -> int:
     """Refuse what cannot be trained on; returns N."""
     if likelihood not in LIKELIHOODS:
         raise OptionError(f"likelihood={likelihood!r} was given; it is 'gaussian' or 'categorical'.")
     if x.ndim != 2 or y.ndim != 1 or len(x) != len(y) or x.shape[1] < 1:
-        raise ShapeError(f"x of shape {x.shape} and y of shape {y.shape} were given; they are (N, D) and (N,), D >= 1.")
+        raise ShapeError(
+            f"x of shape {x.shape} and y of shape {y.shape} were given; they are (N, D) and (N,), D >= 1."
+        )
     if len(x) < 2:
         raise ShapeError(f"{len(x)} rows were given; one to learn from and one to validate are the least.")
     if effort not in EFFORTS:

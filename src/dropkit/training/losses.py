@@ -58,7 +58,9 @@ def gaussian_nll(outputs: Tensor, y: Tensor) -> Tensor:
         ShapeError: the last axis of outputs is not 2.
     """
     if outputs.shape[-1:] != (2,):
-        raise ShapeError(f"outputs of shape {tuple(outputs.shape)} were given; mean and log variance need (..., 2).")
+        raise ShapeError(
+            f"outputs of shape {tuple(outputs.shape)} were given; mean and log variance need (..., 2)."
+        )
     mean, log_variance = outputs.unbind(-1)
     return 0.5 * (math.log(2 * math.pi) + log_variance + (y - mean).square() * torch.exp(-log_variance))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -44,7 +45,9 @@ class NetworkSpec:
         if self.likelihood == "gaussian" and self.outputs != 2:
             raise OptionError(f"outputs={self.outputs} was given; a Gaussian has 2, mean and log variance.")
         if min(self.inputs, self.outputs, *self.hidden, 1) < 1:
-            raise OptionError(f"widths {(self.inputs, *self.hidden, self.outputs)} were given; each is at least 1.")
+            raise OptionError(
+                f"widths {(self.inputs, *self.hidden, self.outputs)} were given; each is at least 1."
+            )
         check_probability(self.rate, "rate")
         check_probability(self.input_rate, "input_rate")
 
@@ -84,6 +87,7 @@ class GaussianHead(nn.Module):
         return torch.stack((mean, log_variance), dim=-1).to(x.dtype)
 
     def extra_repr(self) -> str:
+        """Location and scale, in the target's unit."""
         return f"location={float(self.location):.6g}, scale={float(self.scale):.6g}"
 
 
@@ -101,7 +105,7 @@ def build_network(spec: NetworkSpec, location: float = 0.0, scale: float = 1.0) 
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     widths, sites = spec.widths, spec.sites
     layers[sites[0]] = Dropout(spec.input_rate)
-    for i, (before, after) in enumerate(zip(widths[:-2], widths[1:-1], strict=True), start=1):
+    for i, (before, after) in enumerate(pairwise(widths[:-1]), start=1):
         layers[f"hidden{i}"] = nn.Linear(before, after)
         layers[f"relu{i}"] = nn.ReLU()
         layers[sites[i]] = Dropout(spec.rate)
@@ -111,11 +115,13 @@ def build_network(spec: NetworkSpec, location: float = 0.0, scale: float = 1.0) 
     network = nn.Sequential(layers)
     for name, layer in network.named_modules():
         if isinstance(layer, Dropout):
-            layer.site = name  # as dropkit.nn.name_sites would; the rate search drew its masks under these names
+            layer.site = (
+                name  # as dropkit.nn.name_sites would; the rate search drew its masks under these names
+            )
     return network
 
 
 def multiply_adds(spec: NetworkSpec) -> int:
     """Multiplications (each with an addition) of one forward pass of one row."""
     widths = spec.widths
-    return sum(math.prod(pair) for pair in zip(widths[:-1], widths[1:], strict=True))
+    return sum(math.prod(pair) for pair in pairwise(widths))

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dropkit.training.network import Likelihood, NetworkSpec
-from dropkit.training.stack import Fold, Plan, Progress, Trained, train_stack
+from dropkit.training.records import Fold, Plan, Progress, Trained
+from dropkit.training.stack import train_stack
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -45,7 +46,8 @@ class Candidate:
 
     def __str__(self) -> str:
         widths = "x".join(map(str, self.hidden)) or "none"
-        return f"rate {self.rate:g}, input rate {self.input_rate:g}, weight decay {self.weight_decay:g}, hidden {widths}"
+        rates = f"rate {self.rate:g}, input rate {self.input_rate:g}"
+        return f"{rates}, weight decay {self.weight_decay:g}, hidden {widths}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,9 @@ class Search:
     def trade_off(self) -> TradeOff:
         """Gap and epochs against the hidden rate."""
         rates = sorted({t.candidate.rate for t in self.trials})
-        best = [min((t for t in self.trials if t.candidate.rate == r), key=lambda t: t.validation) for r in rates]
+        best = [
+            min((t for t in self.trials if t.candidate.rate == r), key=lambda t: t.validation) for r in rates
+        ]
         return TradeOff(
             tuple(rates),
             tuple(t.validation for t in best),
@@ -132,18 +136,19 @@ class Search:
     @property
     def verdict(self) -> str:
         """In words, whether dropout helped."""
+        rates = self.chosen.rates_in_words
         by = f"{abs(self.advantage):.3f} nats a row (standard error {self.advantage_error:.3f})"
         if not self.chosen.drops:
             return "No dropout was best on the validation rows: no rate tried came within one standard error of it."
         if not any(not trial.candidate.drops for trial in self.trials):
-            return f"{self.chosen.rates_in_words} was best; no dropout had not been reached when the search was stopped."
+            return f"{rates} was best of what had been reached when the search was stopped."
         if self.advantage <= 0:
             return (
-                f"No dropout validated better by {by}, which is within one standard error; {self.chosen.rates_in_words} "
+                f"No dropout validated better by {by}, which is within one standard error; {rates} "
                 "was taken, because a committee needs masks to tell what it does not know."
             )
         doubt = ": within one standard error." if self.advantage <= self.advantage_error else "."
-        return f"{self.chosen.rates_in_words} validated better than no dropout by {by}{doubt}"
+        return f"{rates} validated better than no dropout by {by}{doubt}"
 
 
 def search_candidates(
@@ -225,5 +230,5 @@ def choose(results: dict[Candidate, list[Trained]], folds: int, rows: int, opera
     advantage, error = (0.0, 0.0)
     if without and chosen != without[0]:
         advantage, error = _mean_error(losses[without[0]] - losses[chosen])
-    networks = sum(len(n) for n in results.values())
-    return Search(tuple(trials), chosen, advantage, error, folds, rows, networks, operations)
+    count = sum(len(networks) for networks in results.values())
+    return Search(tuple(trials), chosen, advantage, error, folds, rows, count, operations)
