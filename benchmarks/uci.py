@@ -264,26 +264,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folder = data_folder()
     quick = options.quick
+    members = 8 if quick else options.members
     results = []
     for name in options.sets:
         data = load_set(folder, name)
         splits = range(min(2 if quick else options.splits, len(data.train)))
         results.append(
             run_set(
-                data, splits, max_epochs=5 if quick else options.epochs, members=8 if quick else options.members,
+                data, splits, max_epochs=5 if quick else options.epochs, members=members,
                 seed=options.seed,
             )
         )  # fmt: skip
         print(to_markdown(results[-1:]), flush=True)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        command = "python benchmarks/uci.py " + " ".join(sys.argv[1:] if arguments is None else arguments)
-        record = {
-            "command": command.strip(), "date": time.strftime("%Y-%m-%d"), "hidden": HIDDEN, "seed": options.seed,
-            "torch": torch.__version__, "sets": [asdict(r) for r in results],
-        }  # fmt: skip
-        (options.out / "uci.md").write_text(to_markdown(results))
-        (options.out / "uci.json").write_text(json.dumps(record, indent=1) + "\n")
+        if options.out is not None:  # after each set: a long run that is stopped has not been for nothing
+            options.out.mkdir(parents=True, exist_ok=True)
+            command = "python benchmarks/uci.py " + " ".join(sys.argv[1:] if arguments is None else arguments)
+            record = {
+                "command": command.strip(),
+                "date": time.strftime("%Y-%m-%d"),
+                "hidden": HIDDEN,
+                "rates": RATES,
+                "weight_decays": WEIGHT_DECAYS,
+                "members": members,
+                "seed": options.seed,
+                "torch": torch.__version__,
+                "sets": [asdict(r) for r in results],
+            }
+            (options.out / "uci.md").write_text(to_markdown(results))
+            (options.out / "uci.json").write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

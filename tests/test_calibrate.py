@@ -312,3 +312,13 @@ def test_instruments_need_rows() -> None:
         coverage(RegressionPrediction(torch.zeros(2, 0)), torch.zeros(0))
     with pytest.raises(OptionError, match="bins"):
         reliability(torch.tensor([[0.5, 0.5]]), torch.tensor([0]), bins=0)
+
+
+def test_few_rows_leave_the_temperature_alone_and_many_do_not() -> None:
+    """The same doubtful gain, on 12 rows and on 12 000: only the second is more than chance gives."""
+    probabilities = torch.tensor([[0.8, 0.2]]).expand(12, 2)
+    right = torch.tensor([0] * 9 + [1] * 3)  # 75 % where 80 % was said
+    few = ClassificationPrediction(probabilities.expand(2, 12, 2))
+    many = ClassificationPrediction(probabilities.repeat(1000, 1).expand(2, 12_000, 2))
+    assert Temperature.fit(few, right).temperature == 1.0
+    assert Temperature.fit(many, right.repeat(1000)).temperature > 1.1

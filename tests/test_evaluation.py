@@ -366,6 +366,9 @@ def test_rivals_learn_from_no_more_rows_than_allowed_and_say_so():
     by_hand = compare(prediction, calibration, Split(x[0][kept], y[0][kept]), *splits[1:])
     assert (capped.training_rows, capped.all_training_rows) == (40, 120)
     assert capped.models == by_hand.models
+    everything = np.concatenate(x), np.concatenate(y)
+    parts = [Split(*everything, rows=np.arange(120) + 120 * k) for k in range(3)]
+    assert compare(prediction, calibration, *parts, training_rows=40) == capped
     assert capped.models != compare(prediction, calibration, *splits).models
 
 

@@ -262,10 +262,12 @@ def test_no_dropout_is_said_where_it_won(reports):
     assert "no dropout was best" not in to_text(report)
 
 
-def test_members_that_agree_are_drawn_and_named(reports):
+def test_members_that_agree_are_named_and_not_drawn(reports):
     report = reports["regression"]
     none = dataclasses.replace(report.members, spread=(0.0,) * 4, monte_carlo_error=(0.0,) * 4)
-    assert "agree exactly" in to_html(dataclasses.replace(report, members=none))
+    agreed = to_html(dataclasses.replace(report, members=none))
+    assert "agree exactly" in agreed
+    assert agreed.count("<svg") == len(plots(report)) - 1
 
 
 def test_the_text_says_the_headline_and_the_table(reports):

@@ -117,6 +117,13 @@ def test_features_are_named_and_scaled():
     assert (one_hot.sum(axis=0) == 1).all()
 
 
+@pytest.mark.parametrize("value", [0.1, 2.1078050584885536e17, -1e90])
+def test_a_constant_column_that_is_kept_is_zero(value):
+    frame = pd.DataFrame({"a": [value] * 7})
+    encoder = Encoder.fit(frame, describe_columns(frame, keep_all=True))
+    assert encoder.transform(frame).matrix.tolist() == [[0.0]] * 7
+
+
 def test_the_parts_of_a_date_are_those_of_the_calendar():
     days = pd.Series(pd.date_range("1960-02-27 05:30", periods=5000, freq="37h"))
     frame = pd.DataFrame({"t": days})

@@ -40,7 +40,8 @@ class Temperature:
     would give an average that is not sure enough.)
 
     Attributes:
-        temperature: T; above 1 the average was too sure, below 1 not sure enough.
+        temperature: T; above 1 the average was too sure, below 1 not sure enough. It stays 1 where the gain in
+            likelihood is within one standard error (paired by row): few rows cannot tell T from 1.
         before: negative log-likelihood of the fitting rows at T = 1, nats per row.
         after: the same at T; never more than before.
         rows: how many rows it was fitted on.
@@ -75,10 +76,12 @@ class Temperature:
         if y.numel() == 0:
             raise ShapeError("no rows were given; a temperature is fitted on at least one held-out row.")
         best = best_temperature(mean, y)
-        before, after = (_negative_log_likelihood(mean, y, t) for t in (1.0, best))
-        if not after < before:
+        before, after = (_negative_log_likelihoods(mean, y, t) for t in (1.0, best))
+        gain = before - after
+        # A gain within its own standard error is what chance gives: on few rows T would follow the noise.
+        if len(gain) < 2 or not float(gain.mean()) > float(gain.std()) / len(gain) ** 0.5:
             best, after = 1.0, before
-        return cls(temperature=best, before=before, after=after, rows=y.numel())
+        return cls(best, float(before.mean()), float(after.mean()), rows=y.numel())
 
     def apply(self, prediction: ClassificationPrediction) -> ClassificationPrediction:
         """The same members with calibrated probabilities."""
@@ -389,9 +392,9 @@ def coverage(
     return Coverage(tuple(levels), tuple(covered), tuple(width), rows=y.numel())
 
 
-def _negative_log_likelihood(mean: Tensor, y: Tensor, temperature: float) -> float:
+def _negative_log_likelihoods(mean: Tensor, y: Tensor, temperature: float) -> Tensor:
     chosen = pick_class(temper(mean, temperature), y)
-    return -float(chosen.clamp_min(torch.finfo(chosen.dtype).tiny).log().mean())
+    return -chosen.clamp_min(torch.finfo(chosen.dtype).tiny).log()
 
 
 def _number(data: Mapping[str, Any], key: str, low: float = 0.0, high: float = sys.float_info.max) -> float:

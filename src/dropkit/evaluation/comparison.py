@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dropkit.committee.calibrate import ConformalInterval
 from dropkit.committee.prediction import Prediction, RegressionPrediction
@@ -74,10 +75,21 @@ class Split:
     Attributes:
         x: (N, D) finite numbers; a memory map is fine.
         y: (N,) values, or class indices.
+        rows: which of the N rows belong to the split, so that a large x is read only where it is used; None: all.
     """
 
     x: Any
     y: Any
+    rows: NDArray[np.int64] | None = None
+
+    def __len__(self) -> int:
+        return len(self.y) if self.rows is None else len(self.rows)
+
+    def thinned(self, most: int) -> Split:
+        """At most so many of its rows, evenly spaced, in memory."""
+        kept = evenly_spaced(len(self), most)
+        chosen = kept if self.rows is None else np.asarray(self.rows)[kept]
+        return Split(np.asarray(self.x[chosen]), np.asarray(self.y)[chosen])
 
 
 def compare(
@@ -109,8 +121,12 @@ def compare(
     Raises:
         OptionError: a number without calibration.
     """
-    kept = evenly_spaced(len(train.y), training_rows)
-    small = Split(np.asarray(train.x[kept]), np.asarray(train.y)[kept])
+    learned_from = len(train)
+    small, validation, test = (
+        train.thinned(training_rows),
+        validation.thinned(len(validation)),
+        test.thinned(len(test)),
+    )
     if isinstance(prediction, RegressionPrediction):
         if calibration is None:
             raise OptionError(
@@ -128,7 +144,9 @@ def compare(
         Competitor(name, what, against(own, measures), constant=name in (MEAN, COMMONEST))
         for name, what, measures in others
     ]
-    return Comparison(tuple(lines), rows=len(test.y), training_rows=len(kept), all_training_rows=len(train.y))
+    return Comparison(
+        tuple(lines), rows=len(test.y), training_rows=len(small), all_training_rows=learned_from
+    )
 
 
 def against(ours: Mapping[str, Measure], theirs: Mapping[str, Measure]) -> tuple[Score, ...]:

@@ -90,7 +90,7 @@ def plots(report: FitReport) -> dict[str, Callable[[], Figure]]:
         found["trade-off"] = lambda: figures_training.trade_off(search)
     if (curves := report.curves) is not None:
         found["learning"] = lambda: figures_training.learning(curves)
-    if (members := report.members) is not None:
+    if (members := report.members) is not None and members.spread[-1] > 0:
         unit = target if members.quantity == "standard deviation" else "nats"
         found["members"] = lambda: figures.members(members, unit)
     return found

@@ -11,6 +11,10 @@ from dropkit.report.wording import count, cut, measured, number, percent, quoted
 TRIALS_SHOWN, COLUMNS_SHOWN = 12, 200
 # A Monte Carlo error below this share of the spread changes no reading of it.
 KNOWN_WELL = 0.1
+NO_SPREAD = (
+    "The members agree exactly: without dropout they are one and the same network, so there is no spread to measure, "
+    "and nothing is said about what more data would teach."
+)
 
 
 def search(report: FitReport) -> Section | None:
@@ -30,6 +34,9 @@ def search(report: FitReport) -> Section | None:
     if lost:
         here.append(f"{count(lost, 'candidate')} diverged: no loss could be computed.")
     order = sorted(range(len(found.trials)), key=lambda k: worst_last(found.trials[k]))[:TRIALS_SHOWN]
+    shown = f"The {len(order)} best of {len(found.trials)} candidates"
+    if len(order) == len(found.trials):
+        shown = "All candidates, the best first"
     return Section(
         "rate",
         "What dropout costs and what it buys",
@@ -45,8 +52,7 @@ def search(report: FitReport) -> Section | None:
         ),
         tables=(
             Table(
-                caption=f"The {count(len(order), 'best candidate')} of {len(found.trials)}, losses in nats per row; "
-                f"chosen: p = {chosen.rate:g}.",
+                caption=f"{shown}, losses in nats per row; chosen: p = {chosen.rate:g}.",
                 header=("rate", "input rate", "width", "weight decay", "validation loss", "gap", "epochs"),
                 rows=tuple(trial_row(found.trials[k]) for k in order),
                 numeric=(True,) * 7,
@@ -141,15 +147,14 @@ def members(report: FitReport) -> Section | None:
         f"in the unit of {cut(report.data.target)}" if curve.quantity == "standard deviation" else "in nats"
     )
     if spread <= 0:
-        here = "The members agree exactly: without dropout, or where nothing was dropped, there is no spread."
+        return Section("members", "Were enough members asked?", (NO_SPREAD,))
+    share = error / spread
+    found = f"the mean {curve.quantity} is {measured(spread, error)} {unit}"
+    known = f"With {curve.members[-1]} members {found}, known "
+    if share < KNOWN_WELL:
+        here = f"{known}to within {percent(share)}: enough to rank rows by it."
     else:
-        share = error / spread
-        found = f"the mean {curve.quantity} is {measured(spread, error)} {unit}"
-        known = f"With {curve.members[-1]} members {found}, known "
-        if share < KNOWN_WELL:
-            here = f"{known}to within {percent(share)}: enough to rank rows by it."
-        else:
-            here = f"{known}only to within {percent(share)}; ask more members where that matters."
+        here = f"{known}only to within {percent(share)}; ask more members where that matters."
     return Section(
         "members",
         "Were enough members asked?",
@@ -173,7 +178,8 @@ def data(report: FitReport) -> Section:
         f"{count(found.rows, 'row')}: {count(found.training_rows, 'row')} to learn from, "
         f"{count(found.validation_rows, 'row')} to choose the rate, stop and calibrate, "
         f"{count(found.test_rows, 'row')} held out for this report.",
-        f"{quoted(found.target)} is predicted as {found.task}: {found.task_reason.rstrip('.')}.",
+        f"{quoted(found.target)} is the column to predict, a {'number' if found.task == 'regression' else 'class'}. "
+        f"{found.task_reason[:1].upper()}{found.task_reason[1:].rstrip('.')}.",
     ]
     if found.columns:
         dropped = len(found.columns) - len(kept)
@@ -215,9 +221,9 @@ def reproduce(report: FitReport) -> Section:
     here = [network_sentence(model)]
     if report.timing is not None:
         seconds = report.timing
+        search = f"Search: {number(seconds.search, 2)} s. " if seconds.search > 0 else ""
         here.append(
-            f"The search took {number(seconds.search, 2)} s and the final training {number(seconds.training, 2)} s; "
-            f"{number(seconds.total, 2)} s in all."
+            f"{search}Training: {number(seconds.training, 2)} s; {number(seconds.total, 2)} s in all."
         )
     here.append("The same command on the same file, seed and versions gives the same model, bit for bit.")
     return Section(

@@ -115,14 +115,20 @@ def predictions(report: FitReport) -> Section:
         inside = score_of(held.scores, "coverage").value
         epistemic = sum(e**2 for e in held.points.epistemic)
         share = epistemic / (epistemic + sum(a**2 for a in held.points.aleatoric))
+        divided = (
+            f"{percent(share)} of the predicted variance is epistemic (the members disagree; more data could help), "
+            f"{percent(1 - share)} is aleatoric (noise the members see in the data; more data would not)."
+            if epistemic > 0
+            else "All of the predicted variance is aleatoric, noise seen in the data; members that agree exactly say "
+            "nothing about what more data would teach."
+        )
         return Section(
             "predictions",
             "Predicted against true",
             (
                 f"{percent(inside)} of the {count(held.rows, 'held-out row')} fall inside their "
                 f"{percent(held.level)} interval.",
-                f"{percent(share)} of the predicted variance is epistemic (the members disagree; more data could "
-                f"help), {percent(1 - share)} is aleatoric (noise the members see in the data; more data would not).",
+                divided,
             ),
             reading="Each dot is one held-out row, its bar the calibrated interval. Dots on the dashed line are "
             "right; a bar that crosses the line holds the truth.",

@@ -156,7 +156,7 @@ class LearningCurves:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Wall-clock seconds; no part of what makes two runs equal."""
+    """Wall-clock seconds, no part of what makes two runs equal; search 0 where it is part of the training."""
 
     search: float
     training: float

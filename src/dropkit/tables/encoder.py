@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from dropkit.errors import ModelDirectoryError, TableError
+from dropkit.records import rebuild
 from dropkit.tables.cells import KINDS, Column, read_column
-from dropkit.tables.records import as_list, as_record
 from dropkit.tables.source import check_names, suggest
 
 MOST_LABELS = 64
@@ -214,11 +214,7 @@ class Encoder:
 
     def to_json(self) -> dict[str, Any]:
         """The encoder as plain data; `from_json` gives back an equal one, bit for bit."""
-        return {
-            "columns": [asdict(column) for column in self.columns],
-            "numbers": [asdict(part) for part in self.numbers],
-            "categories": [asdict(part) for part in self.categories],
-        }
+        return asdict(self)
 
     @classmethod
     def from_json(cls, data: Any) -> Encoder:
@@ -228,11 +224,7 @@ class Encoder:
             ModelDirectoryError: the data do not describe an encoder.
         """
         try:
-            encoder = cls(
-                tuple(as_record(Column, item) for item in as_list(data["columns"])),
-                tuple(as_record(NumberPart, item) for item in as_list(data["numbers"])),
-                tuple(as_record(CategoryPart, item) for item in as_list(data["categories"])),
-            )
+            encoder = rebuild(cls, data, "encoder")
             _check(encoder)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelDirectoryError(
@@ -276,8 +268,11 @@ def _fit_number(values: np.ndarray, column: str, part: str) -> NumberPart:
     raw = values.reshape(-1, 1)
     gap = bool(np.isnan(values).any())
     known = raw[~np.isnan(values)]
-    if not len(known):
-        return NumberPart(column, part, 0.0, 0.0, 1.0, None, gap)
+    if (
+        not len(known) or known.min() == known.max()
+    ):  # the mean of equal numbers may differ from them by rounding
+        value = float(known[0, 0]) if len(known) else 0.0
+        return NumberPart(column, part, value, value, 1.0, None, gap)
     median = float(SimpleImputer(strategy="median").fit(known).statistics_[0])
     scaler = StandardScaler().fit(known)
     tail = None
@@ -391,6 +386,7 @@ def _check(encoder: Encoder) -> None:
         parts = ("days", "month", "day", "weekday", "hour") if used[n.column].kind == "date" else ("value",)
         if (
             n.part not in parts
+            or not np.isfinite([n.median, n.mean, n.scale, *(n.tail or ())]).all()  # null is read as NaN
             or n.scale <= 0
             or (n.tail is not None and n.tail[1] <= 0)
             or used[n.column].kind == "category"
