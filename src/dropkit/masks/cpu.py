@@ -89,6 +89,9 @@ def _counters(first: int, per_row: int, ids: Array, block: Array, sample: Array)
         for i in range(BATCH):
             block[i] = _U(j + i)
         sample[:] = ids[b]
+    elif per_row == 1 and b + BATCH <= len(ids):  # a row each
+        block[:] = _U(0)
+        sample[:] = ids[b : b + BATCH]
     else:
         last = len(ids) - 1
         for i in range(BATCH):
@@ -99,12 +102,25 @@ def _counters(first: int, per_row: int, ids: Array, block: Array, sample: Array)
 
 
 @njit(nogil=True, cache=True)
-def _apply_narrow(x: Array, out: Array, lane: Array, rows: int, width: int, t: int, scale: float) -> None:
-    """`_apply` to whole rows of at most eight elements, each with a block of its own."""
-    zero, factor = x.dtype.type(0), x.dtype.type(scale)
-    for b in range(rows):
-        for e in range(width):
-            out[b * width + e] = x[b * width + e] * factor if lane[b * LANES + e] >= t else zero
+def _compact(lane: Array, first: int, last: int, per_row: int, width: int) -> int:
+    """Close the gaps that blocks leave at the ends of rows, in place; returns how many lanes are left.
+
+    The elements of neighbouring blocks then lie side by side as they do in memory, whatever the width.
+    """
+    if width % LANES == 0:
+        return (last - first) * LANES
+    length, source, j = 0, 0, first % per_row
+    while first < last:
+        count = min(last - first, per_row - j)
+        elements = min(count * LANES, width - j * LANES)
+        if source > length:
+            for i in range(elements):
+                lane[length + i] = lane[source + i]
+        length += elements
+        source += count * LANES
+        first += count
+        j = 0
+    return length
 
 
 @njit(nogil=True, cache=True)
@@ -128,50 +144,35 @@ def dropout_rows(
     groups, replicas = t.shape
     block, sample = np.empty(BATCH, np.uint64), np.empty(BATCH, np.uint64)
     words, second = np.empty(2 * BATCH, np.uint64), np.empty(2 * BATCH, np.uint64)
-    lane, second_lane, plain = (
-        words.view(np.uint16),
-        second.view(np.uint16),
-        np.empty(LANES * BATCH, np.uint16),
-    )
+    lane, second_lane = words.view(np.uint16), second.view(np.uint16)
+    plain = np.empty(LANES * BATCH, np.uint16)
     for a in range(groups):
         ids = samples[min(a, len(samples) - 1)]
+        refined = fine[a].max() > 0
         for first in range(start, stop, BATCH):
             last = min(first + BATCH, stop)
             _counters(first, per_row, ids, block, sample)
             _philox_batch(block, sample, keys[a], members[a], _U(step), words)
-            refined = False
-            for r in range(replicas):
-                if fine[a, r] > 0 and not refined:
-                    for i in range(BATCH):
-                        block[i] |= _REFINE
-                    _philox_batch(block, sample, keys[a], members[a], _U(step), second)
-                    refined = True
+            length = _compact(lane, first, last, per_row, width)
+            if refined:
+                for i in range(BATCH):
+                    block[i] |= _REFINE
+                _philox_batch(block, sample, keys[a], members[a], _U(step), second)
+                _compact(second_lane, first, last, per_row, width)
+            begin = first // per_row * width + first % per_row * LANES
             for r in range(replicas):
                 use, limit = lane, t[a, r]
                 if fine[a, r] > 0:
                     plain[:] = lane
                     _dropped_by_refinement(plain, second_lane, fine[a, r])
                     use, limit = plain, 1
-                x_base, out_base = a * x_group + r * x_replica, (a * replicas + r) * rows * width
-                if per_row == 1 and limit < EVERYTHING:
-                    begin, end = first * width, last * width
-                    source, target = x[x_base + begin : x_base + end], out[out_base + begin : out_base + end]
-                    _apply_narrow(source, target, use, last - first, width, limit, scale[a, r])
-                    continue
-                position = first
-                while position < last:  # the part of the batch that lies in one row
-                    row, j = position // per_row, position % per_row
-                    count = min(last - position, per_row - j)
-                    begin = row * width + j * LANES
-                    length = min(count * LANES, width - j * LANES)
-                    offset = (position - first) * LANES
-                    target = out[out_base + begin : out_base + begin + length]
-                    if limit >= EVERYTHING:
-                        target[:] = 0
-                    else:
-                        source = x[x_base + begin : x_base + begin + length]
-                        _apply(source, target, use[offset : offset + length], limit, scale[a, r])
-                    position += count
+                at = (a * replicas + r) * rows * width + begin
+                target = out[at : at + length]
+                if limit >= EVERYTHING:
+                    target[:] = 0
+                else:
+                    at = a * x_group + r * x_replica + begin
+                    _apply(x[at : at + length], target, use[:length], limit, scale[a, r])
 
 
 @njit(nogil=True, cache=True)
