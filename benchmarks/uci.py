@@ -135,7 +135,7 @@ def budget(rows: int) -> Plan:
     """Epochs and batch for a set of so many training rows; looked at on validation rows only."""
     if rows < 2000:
         return Plan(max_epochs=400, batch=32, patience=50, members=32, curve_rows=256)
-    return Plan(max_epochs=200, batch=128, patience=25, members=32, curve_rows=256)
+    return Plan(max_epochs=60, batch=128, patience=25, members=32, curve_rows=256)
 
 
 def run_set(

@@ -177,4 +177,6 @@ def rate_card(report: FitReport) -> Card:
     note = f"chosen from {count(len(report.search.trials), 'candidate')} by validation likelihood"
     if model.rate == 0 and model.input_rate == 0:
         return Card("Dropout rate", "p = 0", f"{note}: no dropout was best", "fair")
+    if model.rate == 0:
+        return Card("Dropout rate", f"inputs p = {model.input_rate:g}", f"{note}; hidden units p = 0")
     return Card("Dropout rate", f"p = {model.rate:g}", f"{note}; on inputs p = {model.input_rate:g}")

@@ -18,7 +18,7 @@ from dropkit.training.search import Candidate, Search, search_candidates
 from dropkit.training.stack import train_stack
 
 RATES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
-SMALL = 300  # training rows below which fewer candidates compete for fewer steps
+SMALL = 250  # training rows below which fewer candidates compete for fewer steps
 FOLDED_ROWS = 2000  # training rows up to which candidates are compared on several folds
 SEARCH_ROWS = 10_000  # a longer table is searched on so many training rows, drawn evenly
 Effort = Literal["quick", "normal", "thorough"]
@@ -215,13 +215,8 @@ def _search(
         validation = np.sort(
             generator.choice(validation, min(len(validation), SEARCH_ROWS // 4), replace=False)
         )
-    count = (
-        1
-        if len(train) > FOLDED_ROWS or len(train) < 10
-        else 3
-        if len(train) < SMALL or effort == "quick"
-        else 5
-    )
+    few = len(train) < SMALL or effort == "quick"
+    count = 1 if len(train) > FOLDED_ROWS or len(train) < 10 else 3 if few else 4
     plan = make_plan(len(train), max_epochs, effort)
     folds = make_folds(train, validation, count, seed=seed)
     search, winner, interrupted = search_candidates(
