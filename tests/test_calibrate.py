@@ -13,15 +13,9 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 from torch import Tensor
 
-from dropkit.committee.calibrate import (
-    ConformalInterval,
-    Temperature,
-    best_temperature,
-    coverage,
-    reliability,
-    rows_needed,
-)
+from dropkit.committee.calibrate import ConformalInterval, Temperature, best_temperature, rows_needed
 from dropkit.committee.prediction import ClassificationPrediction, RegressionPrediction, temper
+from dropkit.committee.reliability import coverage, reliability
 from dropkit.errors import ModelDirectoryError, OptionError, ShapeError
 
 

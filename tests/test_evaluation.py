@@ -15,7 +15,7 @@ from scipy import stats
 from sklearn import metrics
 
 import report_examples as examples
-from dropkit.committee import calibrate
+from dropkit import committee
 from dropkit.committee.prediction import ClassificationPrediction, RegressionPrediction
 from dropkit.errors import OptionError, ShapeError
 from dropkit.evaluation import (
@@ -88,7 +88,7 @@ def test_classification_measures_are_those_of_their_definitions():
             "accuracy": metrics.accuracy_score(y, p.argmax(axis=1)),
             "log loss": metrics.log_loss(y, p),
             "Brier": ((p - np.eye(4)[y]) ** 2).sum(axis=1).mean(),
-            "ECE": calibrate.reliability(
+            "ECE": committee.reliability(
                 torch.tensor(p), torch.tensor(y), bins=10
             ).expected_calibration_error,
         }
@@ -246,9 +246,9 @@ def test_coverage_before_is_that_of_the_committees_own_intervals():
     x = rng.normal(size=(150, 3))
     prediction = examples.regression_committee(x, rng)
     y = x @ [1.0, 2.0, 3.0] + rng.normal(size=150)
-    calibration = calibrate.ConformalInterval.fit(prediction, torch.tensor(y), examples.LEVELS)
+    calibration = committee.ConformalInterval.fit(prediction, torch.tensor(y), examples.LEVELS)
     held = evaluate_regression(y, prediction, calibration)
-    slow = calibrate.coverage(prediction, torch.tensor(y), examples.LEVELS)
+    slow = committee.coverage(prediction, torch.tensor(y), examples.LEVELS)
     assert held.coverage.before == pytest.approx(slow.covered)
     # on its own fitting rows the k-th smallest score covers exactly k rows
     assert held.coverage.after == pytest.approx([math.ceil(151 * v - 1e-9) / 150 for v in examples.LEVELS])
@@ -347,7 +347,7 @@ def test_a_forecast_of_the_truth_beats_everyone_and_noise_loses_to_everyone():
         wave = torch.linspace(-0.01, 0.01, 8, dtype=torch.float64)[:, None]
         samples = torch.tensor(y[2])[None] + wave + offset * torch.tensor(np.cos(np.arange(len(y[2]))))
         prediction = RegressionPrediction(samples, torch.full_like(samples, 0.01))
-        calibration = calibrate.ConformalInterval.fit(prediction, torch.tensor(y[2]), 0.9)
+        calibration = committee.ConformalInterval.fit(prediction, torch.tensor(y[2]), 0.9)
         found = compare(prediction, calibration, *splits)
         assert found.models[0].name == "dropkit"
         for rival in found.models[1:3]:
@@ -359,7 +359,7 @@ def test_a_forecast_of_the_truth_beats_everyone_and_noise_loses_to_everyone():
 def test_rivals_learn_from_no_more_rows_than_allowed_and_say_so():
     x, y = comparison_data()
     prediction = RegressionPrediction(torch.tensor(np.stack([y[2], y[2] + 0.1])), torch.ones(2, 120).double())
-    calibration = calibrate.ConformalInterval.fit(prediction, torch.tensor(y[2]), 0.9)
+    calibration = committee.ConformalInterval.fit(prediction, torch.tensor(y[2]), 0.9)
     splits = [Split(a, b) for a, b in zip(x, y, strict=True)]
     capped = compare(prediction, calibration, *splits, training_rows=40)
     kept = evenly_spaced(120, 40)

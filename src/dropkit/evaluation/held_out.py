@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dropkit.committee import calibrate
+from dropkit import committee
 from dropkit.committee.calibrate import ConformalInterval
 from dropkit.committee.prediction import ClassificationPrediction, RegressionPrediction
 from dropkit.errors import OptionError
@@ -175,7 +175,7 @@ def coverage_table(y: Floats, prediction: RegressionPrediction, calibration: Con
     over the members serves all levels.
     """
     at_truth = distribution_function(y, prediction)
-    after = calibrate.coverage(prediction, torch.from_numpy(y), calibration.levels, calibration)
+    after = committee.coverage(prediction, torch.from_numpy(y), calibration.levels, calibration)
     return Coverage(
         level=calibration.levels,
         before=tuple(float(np.mean(np.abs(at_truth - 0.5) <= level / 2)) for level in calibration.levels),
@@ -205,7 +205,7 @@ def reliability_table(y: Ints, prediction: ClassificationPrediction) -> Reliabil
     """Confidence against accuracy of the predicted class, at temperature 1 and at the prediction's own."""
     labels = torch.from_numpy(np.ascontiguousarray(y))
     before, after = (
-        calibrate.reliability(p.probabilities, labels, BINS)
+        committee.reliability(p.probabilities, labels, BINS)
         for p in (replace(prediction, temperature=1.0), prediction)
     )
     return Reliability(
@@ -217,7 +217,7 @@ def reliability_table(y: Ints, prediction: ClassificationPrediction) -> Reliabil
     )
 
 
-def bins_with_rows(table: calibrate.Reliability) -> tuple[ReliabilityBin, ...]:
+def bins_with_rows(table: committee.Reliability) -> tuple[ReliabilityBin, ...]:
     """One line for each bin that holds a row; an empty one has no accuracy."""
     lines = zip(table.edges, table.edges[1:], table.count, table.confidence, table.accuracy, strict=False)
     return tuple(ReliabilityBin(*line) for line in lines if line[2])
