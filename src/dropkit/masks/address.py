@@ -11,6 +11,8 @@ from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
+from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -156,6 +158,8 @@ class masks:  # a context manager, named like contextlib's in lower case
 
     def _site(self, owner: object | None, name: str | None) -> int:
         """The hash of this call's site, registered so that no two draws share an address unseen."""
+        if in_backward():
+            return self._recomputed_site(owner, name)
         if name is None:  # a place without a name is known by its order in the pass
             if owner is None:
                 name = f"#{len(self._owners)}"
@@ -181,6 +185,18 @@ class masks:  # a context manager, named like contextlib's in lower case
             )
         return site
 
+    def _recomputed_site(self, owner: object | None, name: str | None) -> int:
+        """The site of a call that activation checkpointing makes again: the one of its first time."""
+        if name is None and owner is not None:
+            name = self._names.get(id(owner))
+        if name is None or self._calls.get(name) != 1:
+            raise AddressError(
+                f"site {name or 'without a name'!r} is computed again in the backward pass, and which of its calls "
+                "this is cannot be told. Name the sites (dropkit.nn.name_sites(model), or site=), and call each once "
+                "in a pass."
+            )
+        return site_hash(name, 0)
+
 
 _current: ContextVar[masks | None] = ContextVar("dropkit.masks", default=None)
 
@@ -190,19 +206,40 @@ def current() -> masks | None:
     return _current.get()
 
 
+# Layers whose last mask came from a context: computed again outside of it, they would get another one.
+_addressed: WeakSet[Any] = WeakSet()
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass here, as when checkpointing computes a forward pass again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def draw(owner: object | None = None, name: str | None = None) -> Draw:
     """The address of the next draw: from the context, or from torch's default generator outside of one.
 
     Args:
         owner: the layer that draws, or None for a call of a function.
         name: its qualified name in the model, or None: known by its order in the pass.
+
+    Raises:
+        AddressError: the draw cannot be told from another one of this pass.
     """
     context = current()
     if context is None:
+        if owner in _addressed:
+            if in_backward():
+                raise AddressError(
+                    f"site {name or 'without a name'!r} is computed again in the backward pass after its masks(...) "
+                    "context has ended, which would give it another mask. Call backward() inside the context."
+                )
+            _addressed.discard(owner)
         # Drawn by torch, so that manual_seed, fork_rng and vmap(randomness=...) mean what they always mean.
         key = torch.randint(-(1 << 63), (1 << 63) - 1, ())
         return Draw(key, torch.tensor(0), None, 0, 0, batch_shared=False)
     key = torch.tensor(signed(site_key(context.seed, context._site(owner, name))))
+    if isinstance(owner, torch.nn.Module):
+        _addressed.add(owner)
     member = context.member if isinstance(context.member, Tensor) else torch.tensor(context.member or 0)
     batch_shared = context.member is not None and context.samples is None
     return Draw(key, member, context.samples, context.step, context.row_offset, batch_shared)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dropkit.errors import check_probability
-from dropkit.masks import address, ops
+from dropkit.masks import address, compiled, ops
 from dropkit.nn.layer import StochasticLayer
 
 
@@ -61,6 +61,9 @@ def dropout(
         rate = torch.tensor(check_probability(p), dtype=torch.float64)
     if not training:
         return x
+    if torch.compiler.is_compiling():
+        result = compiled.dropout(x, rate, ops.normalise_shared(shared, x.ndim), site, owner is not None)
+        return x.copy_(result) if inplace else result
     where = address.draw(owner, site)
     if not isinstance(p, Tensor) and rate == 0:
         return x  # as torch does; and under vmap a tensor that no mask touches stays unbatched

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from dropkit.masks import address
@@ -24,8 +25,8 @@ class StochasticLayer(nn.Module):
     @property
     def active(self) -> bool:
         """Whether masks act: in training, and in evaluation when a committee member is asked for."""
-        if self.training:
-            return True
+        if self.training or torch.compiler.is_compiling():  # a graph of an evaluation pass holds no mask
+            return self.training
         context = address.current()
         return context is not None and context.member is not None
 
