@@ -82,6 +82,37 @@ def _apply(x: Array, out: Array, lane: Array, t: int, scale: float) -> None:
 
 
 @njit(nogil=True, cache=True)
+def _apply_bfloat16(x: Array, out: Array, lane: Array, t: int, scale: float, bits: Array) -> None:
+    """`_apply` to bfloat16, given as its bits: widened to float32, multiplied, and rounded to even once.
+
+    Args:
+        x, out: uint16.
+        bits: (at least BATCH LANES,) uint32, room to work in.
+    """
+    values, factor = bits.view(np.float32), np.float32(scale)
+    for begin in range(0, len(x), BATCH * LANES):
+        n = min(len(x) - begin, BATCH * LANES)
+        source, target = x[begin : begin + n], out[begin : begin + n]
+        for i in range(n):
+            bits[i] = np.uint32(source[i]) << np.uint32(16)
+        for i in range(n):
+            values[i] = values[i] * factor
+        for i in range(n):
+            word = bits[i]
+            even = (word >> np.uint32(16)) & np.uint32(1)
+            rounded = (word + np.uint32(0x7FFF) + even) >> np.uint32(16)
+            quiet = (word >> np.uint32(16)) | np.uint32(0x40)  # rounding could carry a NaN over to infinity
+            bits[i] = quiet if (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded
+        if t == 0:
+            for i in range(n):
+                target[i] = np.uint16(bits[i])
+        else:
+            decides = lane[begin : begin + n]
+            for i in range(n):
+                target[i] = np.uint16(bits[i]) if decides[i] >= t else np.uint16(0)
+
+
+@njit(nogil=True, cache=True)
 def _counters(first: int, per_row: int, ids: Array, block: Array, sample: Array) -> None:
     """Block index and sample id of the BATCH blocks that begin at `first`; those past the end are not used."""
     b, j = first // per_row, first % per_row
@@ -145,7 +176,8 @@ def dropout_rows(
     block, sample = np.empty(BATCH, np.uint64), np.empty(BATCH, np.uint64)
     words, second = np.empty(2 * BATCH, np.uint64), np.empty(2 * BATCH, np.uint64)
     lane, second_lane = words.view(np.uint16), second.view(np.uint16)
-    plain = np.empty(LANES * BATCH, np.uint16)
+    plain, bits = np.empty(LANES * BATCH, np.uint16), np.empty(LANES * BATCH, np.uint32)
+    bfloat16 = x.itemsize == 2
     for a in range(groups):
         ids = samples[min(a, len(samples) - 1)]
         refined = fine[a].max() > 0
@@ -172,7 +204,11 @@ def dropout_rows(
                     target[:] = 0
                 else:
                     at = a * x_group + r * x_replica + begin
-                    _apply(x[at : at + length], target, use[:length], limit, scale[a, r])
+                    source = x[at : at + length]
+                    if bfloat16:
+                        _apply_bfloat16(source, target, use[:length], limit, scale[a, r], bits)
+                    else:
+                        _apply(source, target, use[:length], limit, scale[a, r])
 
 
 @njit(nogil=True, cache=True)
@@ -192,14 +228,13 @@ def dropout_shared(
     """
     n0, n1, n2, n3 = sizes[0], sizes[1], sizes[2], sizes[3]
     slice_size = n1 * n2 * n3
-    zero = x.dtype.type(0)
+    bits, bfloat16 = np.empty(LANES * BATCH, np.uint32), x.itemsize == 2
     for index in range(start, stop):
         i0 = index % n0
         b = (index // n0) % rows
         ar = index // (n0 * rows)
         a, r = ar // replicas, ar % replicas
         mask = keep[(ar * rows + b) * mask_width : (ar * rows + b + 1) * mask_width]
-        factor = x.dtype.type(scale[ar])
         x_row = a * x_group + r * x_replica + (b * n0 + i0) * slice_size
         out_row = index * slice_size
         for i1 in range(n1):
@@ -207,16 +242,16 @@ def dropout_shared(
                 m = i0 * strides[0] + i1 * strides[1] + i2 * strides[2]
                 at = (i1 * n2 + i2) * n3
                 source, target = x[x_row + at : x_row + at + n3], out[out_row + at : out_row + at + n3]
-                if strides[3] == 0:
-                    if mask[m]:
-                        for i in range(n3):
-                            target[i] = source[i] * factor
-                    else:
-                        target[:] = zero
+                line, t = mask[m : m + n3], 1  # keep is 0 or 1
+                if strides[3] == 0:  # one decision for the whole line
+                    line, t = mask, 0
+                    if not mask[m]:
+                        target[:] = 0
+                        continue
+                if bfloat16:
+                    _apply_bfloat16(source, target, line, t, scale[ar], bits)
                 else:
-                    line = mask[m : m + n3]
-                    for i in range(n3):
-                        target[i] = source[i] * factor if line[i] else zero
+                    _apply(source, target, line, t, scale[ar])
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -256,3 +291,99 @@ def in_parallel(run: Callable[[int, int], None], units: int, elements: int, grai
     run(0, min(share, units))
     for future in futures:
         future.result()
+
+
+@njit(nogil=True, cache=True)
+def _run_lanes(
+    first: int, sample_id: np.uint64, key: np.uint64, member: np.uint64, step: int, fine: int,
+    block: Array, sample: Array, words: Array, second: Array,
+) -> None:  # fmt: skip
+    """Fill `words` with the lanes of BATCH blocks of one sample from block `first` on, refined where fine > 0."""
+    for i in range(BATCH):
+        block[i] = _U(first + i)
+    sample[:] = sample_id
+    _philox_batch(block, sample, key, member, _U(step), words)
+    if fine > 0:
+        for i in range(BATCH):
+            block[i] |= _REFINE
+        _philox_batch(block, sample, key, member, _U(step), second)
+        _dropped_by_refinement(words.view(np.uint16), second.view(np.uint16), fine)
+
+
+@njit(nogil=True, cache=True)
+def drop_runs(
+    x: Array, length: int, ids: Array, firsts: Array, key: np.uint64, member: np.uint64, step: int, t: int, fine: int
+) -> None:  # fmt: skip
+    """Drop elements of x in place, unscaled: run u is the elements [firsts[u], firsts[u] + length) of sample ids[u].
+
+    A run may begin and end anywhere, also within a block of eight.
+
+    Args:
+        x: flat, (runs length,).
+        length: elements of a run.
+        ids: (runs,) uint64 sample ids.
+        firsts: (runs,) int64, index of a run's first element in its sample's mask.
+        key, member, step, t, fine: one number each.
+    """
+    block, sample = np.empty(BATCH, np.uint64), np.empty(BATCH, np.uint64)
+    words, second = np.empty(2 * BATCH, np.uint64), np.empty(2 * BATCH, np.uint64)
+    lane = words.view(np.uint16)
+    zero = x.dtype.type(0)
+    if t >= EVERYTHING:
+        x[:] = zero
+        return
+    limit = np.uint16(1 if fine > 0 else t)
+    for u in range(len(firsts)):
+        at, stop = u * length, (u + 1) * length
+        first, skip = firsts[u] // LANES, firsts[u] % LANES
+        while at < stop:
+            _run_lanes(first, ids[u], key, member, step, fine, block, sample, words, second)
+            count = min(LANES * BATCH - skip, stop - at)
+            target, use = x[at : at + count], lane[skip : skip + count]
+            for i in range(count):
+                target[i] = target[i] if use[i] >= limit else zero
+            at, first, skip = at + count, first + BATCH, 0
+
+
+@njit(nogil=True, cache=True)
+def drop_softmax_runs(
+    weight: Array, gradient: Array, delta: Array, width: int, scale: float, length: int, ids: Array, firsts: Array,
+    key: np.uint64, member: np.uint64, step: int, t: int, fine: int,
+) -> None:  # fmt: skip
+    """Backward of dropout and softmax in one pass, in place; runs as in `drop_runs`.
+
+    gradient = weight * (keep * scale * gradient - delta of the row),    then    weight = weight * keep
+
+    Args:
+        weight: flat, (runs length,): the softmax before its dropout; on return dropped, unscaled.
+        gradient: flat likewise: of the dropped weights; on return of the scores.
+        delta: (rows,) sum over a row of weight * its gradient.
+        width: elements of a row; runs hold whole rows.
+        scale: of the survivors.
+        length, ids, firsts, key, member, step, t, fine: as in `drop_runs`.
+    """
+    block, sample = np.empty(BATCH, np.uint64), np.empty(BATCH, np.uint64)
+    words, second = np.empty(2 * BATCH, np.uint64), np.empty(2 * BATCH, np.uint64)
+    lane = words.view(np.uint16)
+    zero, factor = weight.dtype.type(0), weight.dtype.type(scale)
+    limit = np.uint16(1 if fine > 0 else min(t, EVERYTHING - 1))
+    nothing_stays = t >= EVERYTHING
+    for u in range(len(firsts)):
+        at, stop = u * length, (u + 1) * length
+        first, skip = firsts[u] // LANES, firsts[u] % LANES
+        while at < stop:
+            if nothing_stays:
+                words[:] = _U(0)
+            else:
+                _run_lanes(first, ids[u], key, member, step, fine, block, sample, words, second)
+            end = min(at + LANES * BATCH - skip, stop)
+            while at < end:  # to the end of the row, or of the lanes
+                row = at // width
+                count = min((row + 1) * width, end) - at
+                p, g, use, mean = weight[at : at + count], gradient[at : at + count], lane[skip:], delta[row]
+                for i in range(count):
+                    stays = use[i] >= limit
+                    g[i] = p[i] * ((g[i] * factor if stays else zero) - mean)
+                    p[i] = p[i] if stays else zero
+                at, skip = at + count, skip + count
+            first, skip = first + BATCH, 0

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from dropkit.errors import AddressError, ShapeError
 from dropkit.masks import cpu
-from dropkit.masks.address import SAMPLES
+from dropkit.masks.address import SAMPLES, SEEDS
 from dropkit.masks.philox import LANES, survivor_scale, threshold
 
 Array = np.ndarray[Any, Any]
 
-_KERNEL_DTYPES = (torch.float32, torch.float64)
+_KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _COLLAPSED_DIMS = 4
 
 # K, the leading axis of every batched argument, is either one and the same size or 1.
@@ -128,26 +128,49 @@ def dropout_cpu(
     Returns:
         (*shape), or (K, *shape).
     """
-    batched = key.ndim > 0  # the vmap rule gives all of x, key, member and p a leading axis, or none
-    shape = x.shape[1:] if batched else x.shape
-    networks = 1
-    if batched:
-        networks = max(x.shape[0], key.shape[0], member.shape[0], p.shape[0])
-        if samples is not None and samples.ndim > 1:
-            networks = max(networks, samples.shape[0])
-    one_input = not batched or x.shape[0] == 1
-    out = torch.empty_like(x) if not batched or x.shape[0] == networks else x.new_empty((networks, *shape))
+    if key.ndim == 0:  # the vmap rule gives all of x, key, member and p a leading axis, or none
+        return dropout_once(x, key.item(), member.item(), p.item(), samples, step, row_offset, shared)
+    shape = x.shape[1:]
+    networks = max(x.shape[0], key.shape[0], member.shape[0], p.shape[0])
+    if samples is not None and samples.ndim > 1:
+        networks = max(networks, samples.shape[0])
+    out = torch.empty_like(x) if x.shape[0] == networks else x.new_empty((networks, *shape))
     if out.numel() == 0:
         return out
     ids = _row_ids(samples, shape[0] if shape else 1, row_offset, 0 in shared)
-    own_bits = batched and (key.shape[0] > 1 or member.shape[0] > 1 or len(ids) > 1)
+    own_bits = key.shape[0] > 1 or member.shape[0] > 1 or len(ids) > 1
     groups, replicas = (networks, 1) if own_bits else (1, networks)
-    rates = p.tolist()
-    t, fine, scale = _quantised_rates(tuple(rates) if batched else (rates,), groups, replicas)
+    t, fine, scale = _quantised_rates(tuple(p.tolist()), groups, replicas)
     address = (_per_group(key, groups), _per_group(member, groups), ids, step, t, fine)
-    strides = (0, 0) if one_input else (math.prod(shape), 0) if own_bits else (0, math.prod(shape))
+    size = math.prod(shape)
+    strides = (0, 0) if x.shape[0] == 1 else (size, 0) if own_bits else (0, size)
     _fill(x.detach(), strides, out, shape, address, scale, shared)
     return out
+
+
+def dropout_once(
+    x: Tensor, key: int, member: int, p: float, samples: Tensor | None, step: int, row_offset: int,
+    shared: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """Dropout of one x on a CPU, from plain numbers; what a call outside of all transforms comes down to.
+
+    Args:
+        x: (*shape).
+        key: the site's 64 bits, signed or not.
+        member, p, samples, step, row_offset, shared: as in `dropout_cpu`.
+    """
+    out = torch.empty_like(x)
+    if out.numel():
+        ids = _row_ids(samples, x.shape[0] if x.ndim else 1, row_offset, 0 in shared)
+        t, fine, scale = _quantised_rates((p,), 1, 1)
+        words = np.array((key % SEEDS, member), np.uint64)
+        _fill(x.detach(), (0, 0), out, x.shape, (words[:1], words[1:], ids, step, t, fine), scale, shared)
+    return out
+
+
+def _memory(x: Tensor) -> Array:
+    """The elements of a contiguous tensor as they lie in memory; bfloat16, which numpy has not got, as its bits."""
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy().reshape(-1)
 
 
 def _fill(
@@ -163,7 +186,7 @@ def _fill(
     width = math.prod(n for n, is_shared in zip(row_sizes, row_shared, strict=True) if not is_shared)
     fused = x.dtype in _KERNEL_DTYPES and x.is_contiguous() and out.is_contiguous()
     if fused and not any(row_shared):
-        _elementwise(x.numpy().reshape(-1), strides, out.numpy().reshape(-1), address, scale, rows, width)
+        _elementwise(_memory(x), strides, _memory(out), address, scale, rows, width)
         return
     keep = torch.empty((groups * replicas, rows, width), dtype=torch.uint8)
     ones = np.ones(rows * width, np.uint8)
@@ -171,45 +194,29 @@ def _fill(
     collapsed = _collapse(row_sizes, row_shared)
     if fused and collapsed is not None:
         sizes, mask_strides = np.array(collapsed[0]), np.array(collapsed[1])
-        source, target, mask = x.numpy().reshape(-1), out.numpy().reshape(-1), keep.numpy().reshape(-1)
-        factors = scale.reshape(-1)
+        source, target, mask, factors = _memory(x), _memory(out), keep.numpy().reshape(-1), scale.reshape(-1)
 
         def run(start: int, stop: int) -> None:
             cpu.dropout_shared(
-                source,
-                *strides,
-                target,
-                mask,
-                factors,
-                replicas,
-                rows,
-                width,
-                sizes,
-                mask_strides,
-                start,
-                stop,
-            )
+                source, *strides, target, mask, factors, replicas, rows, width, sizes, mask_strides, start, stop
+            )  # fmt: skip
 
         cpu.in_parallel(run, groups * replicas * rows * collapsed[0][0], out.numel())
         return
-    # Other dtypes and memory formats: torch multiplies, in whatever order the memory lies.
-    out = out.view(groups * replicas, *shape) if out.dim() == len(shape) else out
-    lead = [rows] if first else []
+    # Other dtypes and memory formats: torch multiplies, in whatever order the memory lies; 16 bits in float32.
+    wide = torch.promote_types(out.real.dtype if out.is_complex() else out.dtype, torch.float32)
+    factor = torch.from_numpy(scale).to(wide).reshape(-1, *[1] * len(shape))
+    many = out.view(groups * replicas, *shape) if out.dim() == len(shape) else out
+    many.copy_(x * factor)
+    lead = [rows] if first and shape else []
     mask_shape = [1 if is_shared else n for n, is_shared in zip(row_sizes, row_shared, strict=True)]
-    factor = torch.from_numpy(scale).reshape(-1, *[1] * len(shape))
-    torch.mul(x, factor.to(out.real.dtype if out.is_complex() else out.dtype), out=out)
-    out.masked_fill_(keep.view(-1, *(lead if shape else []), *mask_shape) == 0, 0)
+    many.masked_fill_(keep.view(-1, *lead, *mask_shape) == 0, 0)
 
 
 def _elementwise(
-    source: Array,
-    strides: tuple[int, int],
-    target: Array,
-    address: tuple[Any, ...],
-    scale: Array,
-    rows: int,
+    source: Array, strides: tuple[int, int], target: Array, address: tuple[Any, ...], scale: Array, rows: int,
     width: int,
-) -> None:
+) -> None:  # fmt: skip
     """`cpu.dropout_rows` on as many threads as the work is worth."""
     keys, members, ids, step, t, fine = address
 
@@ -240,13 +247,13 @@ def _dropout_fake(
 torch.library.register_fake("dropkit::dropout", _dropout_fake, lib=_library)
 
 
-class _Eager(torch.autograd.Function):
-    """Reverse mode alone, for calls outside torch.func: a third of the overhead of `_Transformable`."""
+class _Plain(torch.autograd.Function):
+    """Reverse mode alone, for calls outside of all transforms: a fraction of the overhead of `_Transformable`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *address: Any) -> Tensor:
         ctx.address = address  # neither x nor the mask; no tensor in it is ever written
-        return _operator(x, *address)
+        return dropout_once(x, *address)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -284,16 +291,35 @@ class _Transformable(torch.autograd.Function):
 
 
 def dropout(
-    x: Tensor, key: Tensor, member: Tensor, p: Tensor, samples: Tensor | None, step: int, row_offset: int,
-    shared: Sequence[int],
+    x: Tensor, key: Tensor | int, member: Tensor | int, p: Tensor | float, samples: Tensor | None, step: int,
+    row_offset: int, shared: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """`dropkit::dropout` with derivatives of every order, forward mode and vmap; arguments as in `dropout_cpu`."""
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    if torch._C._are_functorch_transforms_active() or forward_mode:
-        return _Transformable.apply(x, key, member, p, samples, step, row_offset, shared)
-    if x.requires_grad and torch.is_grad_enabled():
-        return _Eager.apply(x, key, member, p, samples, step, row_offset, shared)
-    return _operator(x, key, member, p, samples, step, row_offset, shared)
+    """`dropkit::dropout` with derivatives of every order, forward mode and vmap.
+
+    Args:
+        x, samples, step, row_offset, shared: as in `dropout_cpu`.
+        key, member, p: as there, or plain numbers.
+    """
+    if _is_plain(x, key, member, p):
+        address = (int(key), int(member), float(p), samples, step, row_offset, shared)
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Plain.apply(x, *address)
+        return dropout_once(x, *address)
+    key, member = (torch.as_tensor(v, dtype=torch.int64) for v in (key, member))
+    p = torch.as_tensor(p, dtype=torch.float64)
+    return _Transformable.apply(x, key, member, p, samples, step, row_offset, shared)
+
+
+def _is_plain(x: Tensor, key: Tensor | int, member: Tensor | int, p: Tensor | float) -> bool:
+    """Whether nothing of torch stands between the call and the memory: no transform, fake tensor or other device."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type == "cpu"
+        and not any(isinstance(v, Tensor) and v.ndim for v in (key, member, p))
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:

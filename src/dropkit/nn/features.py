@@ -55,17 +55,20 @@ def dropout(
         tensor([[2., 2., 0., 2.],
                 [2., 0., 0., 2.]])
     """
-    if isinstance(p, Tensor):
-        rate = p.to(torch.float64)
-    else:
-        rate = torch.tensor(check_probability(p), dtype=torch.float64)
+    rate = p if isinstance(p, Tensor) else check_probability(p)
     if not training:
         return x
     if torch.compiler.is_compiling():
-        result = compiled.dropout(x, rate, ops.normalise_shared(shared, x.ndim), site, owner is not None)
+        result = compiled.dropout(
+            x,
+            torch.as_tensor(rate, dtype=torch.float64),
+            ops.normalise_shared(shared, x.ndim),
+            site,
+            owner is not None,
+        )
         return x.copy_(result) if inplace else result
     where = address.draw(owner, site)
-    if not isinstance(p, Tensor) and rate == 0:
+    if not isinstance(rate, Tensor) and rate == 0:
         return x  # as torch does; and under vmap a tensor that no mask touches stays unbatched
     dims = set(shared) | ({0} if where.batch_shared and x.ndim else set())
     result = ops.dropout(
