@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shlex
 import sys
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+from typer.exceptions import TyperException
 
-from dropkit.errors import DropkitError, OptionError
+from dropkit.errors import DropkitError, DropkitWarning, OptionError
 
 if TYPE_CHECKING:
     from dropkit.training import Progress
 
 app = typer.Typer(
-    name="dropkit", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    name="dropkit", add_completion=False, pretty_exceptions_enable=False,
     help="Dropout for tables: predictions that know what they don't know.",
 )  # fmt: skip
 
@@ -88,6 +93,7 @@ def fit(
 ) -> None:
     """Learn a column of TABLE: train, choose the rate, calibrate, write a model and its report."""
     with _one_line_errors():
+        begun = time.perf_counter()
         from dropkit.jobs import DEMO_TARGET, FitOptions, demo_table, fit_table
         from dropkit.report import to_text
 
@@ -119,8 +125,9 @@ def fit(
         if as_json:
             typer.echo(report.to_json())
             return
+        seconds = round(time.perf_counter() - begun)
         typer.echo(to_text(report))
-        typer.echo(f"\nModel in {out}, report in {out / 'report.html'}.")
+        typer.echo(f"\nModel in {out}, report in {out / 'report.html'}, after {seconds} s.")
 
 
 @app.command()
@@ -172,7 +179,7 @@ def _kind(given: str) -> tuple[str, str]:
 
 
 def _command() -> str:
-    return shlex.join(["dropkit", *sys.argv[1:]])
+    return shlex.join(["dropkit", *sys.argv[1:]]).encode("utf-8", "backslashreplace").decode()
 
 
 @contextmanager
@@ -181,11 +188,15 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except DropkitError as error:
-        typer.echo("dropkit: " + " ".join(str(error).split()), err=True)
+        _complain(str(error))
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.echo("dropkit: interrupted before there was a model; nothing was written.", err=True)
+        _complain("interrupted; nothing was written.")
         raise typer.Exit(130) from None
+
+
+def _complain(text: str) -> None:
+    typer.echo("dropkit: " + " ".join(text.split()), err=True)
 
 
 @contextmanager
@@ -225,7 +236,34 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[Progress], No
 
 def main() -> None:
     """Entry of the `dropkit` command."""
-    app()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character gets its escape
+            stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = _show_warning
+    try:
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if sys.stdout is not None:  # closed by who called us
+            sys.stdout.flush()
+    except TyperException as error:  # typer knows no such option, or the option no such value
+        said = str(getattr(error, "format_message", error.__str__)())
+        _complain(f"{said.rstrip('.')}. See dropkit --help.")
+        status = 2
+    except OSError as error:
+        status = 1
+        if not isinstance(error, BrokenPipeError):  # who read us may have seen enough
+            _complain(f"the output could not be written: {error.strerror or error}.")
+        with contextlib.suppress(OSError, ValueError):  # or Python would complain when it flushes at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
+    line: str | None = None,
+) -> None:  # fmt: skip
+    """What dropkit warns of is a sentence for the user; the warnings of libraries are for programmers."""
+    if issubclass(category, DropkitWarning):
+        typer.echo(" ".join(str(message).split()), err=True)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,10 @@ class OutputError(DropkitError, OSError):
     """A result that could not be written: the path exists, or the disk refused."""
 
 
+class BrokenContractError(DropkitError, AssertionError):
+    """A dropout that does not keep a law it was checked for."""
+
+
 class DropkitWarning(UserWarning):
     """Something that was done as asked, yet is probably not what was meant."""
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import platform
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +21,7 @@ import torch
 from dropkit import training
 from dropkit.committee import ClassificationPrediction, Committee, ConformalInterval
 from dropkit.committee.calibrated import LEVEL, CalibratedCommittee
-from dropkit.errors import OptionError, OutputError, TableError
+from dropkit.errors import OptionError, OutputError, TableError, check_probability
 from dropkit.evaluation import (
     ClassificationEvaluation,
     RegressionEvaluation,
@@ -28,6 +31,7 @@ from dropkit.evaluation import (
     evaluate_regression,
     spread_by_members,
 )
+from dropkit.masks.address import SEEDS
 from dropkit.report import (
     ColumnSummary,
     DataSummary,
@@ -41,24 +45,30 @@ from dropkit.report import (
     to_text,
 )
 from dropkit.tables.columns import describe_columns
-from dropkit.tables.directory import check_output, write_directory, write_file
+from dropkit.tables.directory import check_directory, check_output, write_directory, write_file
 from dropkit.tables.encoder import Encoder
-from dropkit.tables.model import Seen, TableModel
+from dropkit.tables.model import LEAST_MEMBERS, MOST_MEMBERS, Seen, TableModel, answer_columns
 from dropkit.tables.reading import from_frame, open_table
 from dropkit.tables.source import CHUNK_ROWS, TableSource
 from dropkit.tables.stream import EncodedTable, encode_stream
 from dropkit.tables.target import Target, describe_target
 from dropkit.training import Fit, Progress, divide_rows
-from dropkit.training.fit import Effort
+from dropkit.training.fit import EFFORTS, Effort
 from dropkit.training.network import Likelihood
 
 Header = bool | Literal["auto"]
 
 LEAST_ROWS = 20  # fewer cannot be divided into rows to learn from, to stop and calibrate by, and to test on
 CALIBRATION_ROWS = 9  # the least from which a conformal 90 % interval can be had
+LEARNING_ROWS = CALIBRATION_ROWS + 5  # the least beside the test rows, so that some are left to learn from
+SPREADS = (1e-12, 1e12)  # standard deviations of a target whose squares float32 holds with room to spare
+MOST_OFFSET = (
+    1e5  # standard deviations from 0 to a target's mean, beyond which float32 tells too few values apart
+)
 SAMPLE_ROWS = 100_000  # columns are described, and their encoding learned, from so many rows at most
 MOST_TEST_ROWS = 20_000
 IN_MEMORY = 1 << 28  # bytes of encoded table; a larger one is a file that is mapped
+MOST_CHUNK = 1 << 30  # rows; as good as all
 SHOWN_CELLS = 4  # columns shown of the least certain rows
 DEMO_TARGET = "progression"
 
@@ -159,17 +169,14 @@ def fit_table(
         OutputError: the directory cannot be written.
     """
     options = options or FitOptions()
-    _check(options)
-    check_output(out, force=force)
+    _check(options, target)
+    check_directory(out, force=force)
     begun = time.perf_counter()
     source = table if isinstance(table, TableSource) else open_table(table, header=options.header)
     described = describe_target(source.cells(source.column(target)), options.task, name=target)
-    for note in source.notes:
-        say(note)
-    say(described.reason)
-    with tempfile.TemporaryDirectory(prefix="dropkit-") as scratch:
-        prepared = _prepare(source, described, options, Path(scratch))
-        for note in prepared.notes:
+    with _scratch() as scratch:
+        prepared = _prepare(source, described, options, scratch)
+        for note in (*source.notes, described.reason, *prepared.notes):
             say(note)
         return _learn(source, prepared, options, out, force, command, begun, say, progress)
 
@@ -191,11 +198,43 @@ class _Prepared:
         return "gaussian" if self.target.task == "regression" else "categorical"
 
 
-def _check(options: FitOptions) -> None:
+def _check(options: FitOptions, target: str) -> None:
+    """Refuse, before the table is read, what cannot be meant."""
+    if options.rate != "auto" and check_probability(options.rate, "rate") == 1:
+        raise OptionError("rate=1 was given; a network without any unit cannot learn. Give less than 1.")
+    if options.effort not in EFFORTS:
+        raise OptionError(f"effort={options.effort!r} was given; it is one of {', '.join(EFFORTS)}.")
     if not 0 < options.test_share < 1:
         raise OptionError(f"test_share={options.test_share!r} was given; it lies strictly between 0 and 1.")
-    if options.members < 4:
-        raise OptionError(f"members={options.members!r} was given; a committee has at least 4.")
+    if not LEAST_MEMBERS <= options.members <= MOST_MEMBERS:
+        raise OptionError(
+            f"members={options.members!r} was given; a committee has {LEAST_MEMBERS} to {MOST_MEMBERS}."
+        )
+    if not 0 <= options.seed < SEEDS:
+        raise OptionError(
+            f"seed={options.seed!r} was given; a seed is a whole number of 64 bits, not negative."
+        )
+    if options.max_epochs is not None and options.max_epochs < 1:
+        raise OptionError(f"max_epochs={options.max_epochs!r} was given; at least 1 is needed.")
+    if target in options.ignore:
+        raise OptionError(f"{target!r} was given both as the target and to be left out. Name one of them.")
+    if target in (options.kinds or {}):
+        raise OptionError(
+            f"a kind was given for the target {target!r}; kinds are for the other columns. Say its task instead."
+        )
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder for what does not fit into memory, gone afterwards."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="dropkit-")
+    except OSError as error:
+        raise OutputError(
+            f"no temporary folder could be made: {error.strerror or error}. Name another place with TMPDIR."
+        ) from None
+    with folder as path:
+        yield Path(path)
 
 
 def _prepare(source: TableSource, target: Target, options: FitOptions, scratch: Path) -> _Prepared:
@@ -208,10 +247,23 @@ def _prepare(source: TableSource, target: Target, options: FitOptions, scratch: 
     sample = source.sample(SAMPLE_ROWS, options.seed)
     columns = describe_columns(sample.drop(columns=[target.name]), kinds=options.kinds, ignore=options.ignore)
     y = target.encode(source.cells(target.name))
+    if target.task == "regression":
+        _check_scale(y, target.name)
     likelihood: Likelihood = "gaussian" if target.task == "regression" else "categorical"
     test_rows = divide_rows(
         y, options.test_share, likelihood=likelihood, seed=options.seed, most=MOST_TEST_ROWS
     )
+    if len(y) - len(test_rows) < LEARNING_ROWS:
+        raise OptionError(
+            f"test_share={options.test_share!r} leaves {len(y) - len(test_rows)} of {len(y)} rows to learn from and "
+            f"to calibrate on; at least {LEARNING_ROWS} are needed. Give a smaller share."
+        )
+    taken = {c.name for c in columns if c.dropped is None} & set(answer_columns(target))
+    if taken:
+        raise TableError(
+            f"{source.name} has a column {min(taken)!r}, the name of a column that predicting adds. Rename it, or "
+            "leave it out."
+        )
     encoder = Encoder.fit(sample[~sample.index.isin(test_rows)], columns)
     large = 4 * len(y) * encoder.features > IN_MEMORY
     encoded = encode_stream(source, encoder, target=target, path=scratch / "encoded.f32" if large else None)
@@ -224,19 +276,46 @@ def _prepare(source: TableSource, target: Target, options: FitOptions, scratch: 
     return _Prepared(target, encoder, encoded, y, test_rows, sample, tuple(notes))
 
 
+def _check_scale(y: np.ndarray[Any, Any], name: str) -> None:
+    """Refuse a target whose squares, or whose differences, are lost in float32: its errors would be wrong unseen."""
+    mean, spread = float(y.mean()), float(y.std())
+    if not SPREADS[0] <= spread <= SPREADS[1]:
+        raise TableError(
+            f"Target {name!r} has a standard deviation of {spread:.3g}; from {SPREADS[0]:g} to {SPREADS[1]:g} can be "
+            "learned. Write it in another unit."
+        )
+    if abs(mean) > MOST_OFFSET * spread:
+        raise TableError(
+            f"Target {name!r} has a mean of {mean:.6g} beside a standard deviation of {spread:.3g}; seven digits "
+            f"hardly tell its values apart. Subtract {mean:.0f} from it first."
+        )
+
+
 def _learn(
     source: TableSource, prepared: _Prepared, options: FitOptions, out: str | Path, force: bool, command: str,
     begun: float, say: Callable[[str], None], progress: Callable[[Progress], None] | None,
 ) -> FitReport:  # fmt: skip
-    x, y, target = prepared.encoded.x, prepared.y, prepared.target
+    x, y, classes = prepared.encoded.x, prepared.y, len(prepared.target.classes)
     rest = np.setdiff1d(np.arange(len(y)), prepared.test_rows)
     started = time.perf_counter()
     fit = training.fit(
-        x, y, likelihood=prepared.likelihood, classes=len(target.classes) or None, rate=options.rate,
+        x, y, likelihood=prepared.likelihood, classes=classes or None, rate=options.rate,
         seed=options.seed, rows=rest, validation_share=max(0.2, CALIBRATION_ROWS / len(rest)),
         max_epochs=options.max_epochs, effort=options.effort, progress=progress,
     )  # fmt: skip
     trained = time.perf_counter()
+    with _one_more_chance(say):
+        report = _finish(source, prepared, fit, options, out, force, command, say)
+    seconds = Timing(search=0.0, training=trained - started, total=time.perf_counter() - begun)
+    return replace(report, timing=seconds)
+
+
+def _finish(
+    source: TableSource, prepared: _Prepared, fit: Fit, options: FitOptions, out: str | Path, force: bool, command: str,
+    say: Callable[[str], None],
+) -> FitReport:  # fmt: skip
+    """Calibrate, evaluate, and write the directory."""
+    x, y, target = prepared.encoded.x, prepared.y, prepared.target
     committee = Committee(
         fit.network, options.members, options.seed, prepared.likelihood, allow_no_spread=True
     )
@@ -255,17 +334,36 @@ def _learn(
         search=_search(fit),
         curves=_curves(fit),
         **_evaluate(source, prepared, fit, asked),
-        timing=Timing(search=0.0, training=trained - started, total=time.perf_counter() - begun),
     )
-    record = report.to_json()
-    files = {
-        **model.to_files(),
-        "report.json": record.encode(),
-        "report.html": to_html(report).encode(),
-        "report.txt": (to_text(report) + "\n").encode(),
+    # The files say nothing of seconds, so that equal seeds give equal bytes.
+    texts = {
+        "report.json": report.to_json(),
+        "report.html": to_html(report),
+        "report.txt": to_text(report) + "\n",
     }
-    write_directory(out, files, force=force)
+    # A file's name may hold bytes that are no text; they are shown as escapes.
+    files = {name: text.encode("utf-8", "backslashreplace") for name, text in texts.items()}
+    write_directory(out, {**model.to_files(), **files}, force=force)
     return report
+
+
+@contextmanager
+def _one_more_chance(say: Callable[[str], None]) -> Iterator[None]:
+    """The first Ctrl-C after the training is answered, the second one obeyed: the model is moments away."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield  # others decide what Ctrl-C means
+        return
+
+    def answer(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        say("The training is over and the report is being made; press Ctrl-C again to give the model up.")
+
+    signal.signal(signal.SIGINT, answer)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _evaluate(
@@ -370,6 +468,8 @@ def _search(fit: Fit) -> Search | None:
         ),
         chosen=[trial.candidate for trial in trials].index(fit.search.chosen),
         verdict=fit.search.verdict,
+        folds=fit.search.folds,
+        rows=fit.search.rows,
     )
 
 
@@ -410,9 +510,11 @@ def predict_table(
     loaded.check_source(source)
     seen = Seen()
     with write_file(out, force=force) as file:
-        for number, frame in enumerate(loaded.stream(source, seen, chunk_rows)):
-            # Seven digits are what float32 holds.
-            frame.to_csv(file, index=False, header=number == 0, float_format="%.7g", lineterminator="\n")
+        for number, frame in enumerate(loaded.stream(source, seen, min(chunk_rows, MOST_CHUNK))):
+            for name in loaded.answer_columns:
+                if frame[name].dtype == np.float64:  # seven digits are what float32 holds
+                    frame[name] = np.char.mod("%.7g", frame[name].to_numpy())
+            frame.to_csv(file, index=False, header=number == 0, lineterminator="\n")
     return PredictSummary(seen.rows, loaded.answer_columns, seen.notes)
 
 

@@ -21,7 +21,8 @@ from dropkit.errors import AddressError
 from dropkit.masks.philox import WORD, philox_rounds
 
 SCHEME = 1  # a change of the way from address to bits is a new number; the old one stays
-NOISE = 1  # purpose: which use of a site's bits
+# Purpose: which use of a site's bits. Bernoulli masks are NOISE; the other laws (see `noise.py`) have keys of their own.
+NOISE, UNIFORM, GAUSSIAN, EXACT = 1, 2, 3, 4
 
 SEEDS, STEPS, SAMPLES, MEMBERS = 1 << 64, 1 << 32, 1 << 40, 1 << 24
 
@@ -215,12 +216,13 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def draw(owner: object | None = None, name: str | None = None) -> Draw:
+def draw(owner: object | None = None, name: str | None = None, purpose: int = NOISE) -> Draw:
     """The address of the next draw: from the context, or from torch's default generator outside of one.
 
     Args:
         owner: the layer that draws, or None for a call of a function.
         name: its qualified name in the model, or None: known by its order in the pass.
+        purpose: which use of the site's bits; outside of a context each draw has bits of its own anyway.
 
     Raises:
         AddressError: the draw cannot be told from another one of this pass.
@@ -237,7 +239,7 @@ def draw(owner: object | None = None, name: str | None = None) -> Draw:
         # Drawn by torch, so that manual_seed, fork_rng and vmap(randomness=...) mean what they always mean.
         key = torch.randint(-(1 << 63), (1 << 63) - 1, ())
         return Draw(key, torch.tensor(0), None, 0, 0, batch_shared=False)
-    key = torch.tensor(signed(site_key(context.seed, context._site(owner, name))))
+    key = torch.tensor(signed(site_key(context.seed, context._site(owner, name), purpose)))
     if isinstance(owner, torch.nn.Module):
         _addressed.add(owner)
     member = context.member if isinstance(context.member, Tensor) else torch.tensor(context.member or 0)

@@ -21,25 +21,26 @@ from dropkit.masks.ops import dropout_cpu
 HEAD = 5  # key, member, step, row_offset, batch_shared; row ids follow where the context has them
 
 _library = torch.library.Library("dropkit", "FRAGMENT")
-_library.define("draw(str name, bool layer) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_library.define("draw(str name, bool layer, int purpose=1) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
 _library.define("dropout_at(Tensor x, Tensor address, Tensor p, int[] shared) -> Tensor")
 
 
-def _draw(name: str, layer: bool) -> Tensor:
+def _draw(name: str, layer: bool, purpose: int = address.NOISE) -> Tensor:
     """The address of the next draw as numbers, (5,) or (5 + B,) int64.
 
     Args:
         name: of the site; "" is known by its order in the pass.
         layer: True for a layer, which may be called several times in a pass under one name.
+        purpose: which use of the site's bits.
     """
-    where = address.draw(sys.intern(name) if layer and name else None, name or None)
+    where = address.draw(sys.intern(name) if layer and name else None, name or None, purpose)
     head = torch.stack(
         (where.key, where.member, *map(torch.tensor, (where.step, where.row_offset, int(where.batch_shared))))
     )
     return head if where.samples is None else torch.cat((head, where.samples))
 
 
-def _draw_fake(name: str, layer: bool) -> Tensor:
+def _draw_fake(name: str, layer: bool, purpose: int = address.NOISE) -> Tensor:
     return torch.empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 

@@ -129,7 +129,7 @@ def dropout_cpu(
         (*shape), or (K, *shape).
     """
     if key.ndim == 0:  # the vmap rule gives all of x, key, member and p a leading axis, or none
-        return dropout_once(x, key.item(), member.item(), p.item(), samples, step, row_offset, shared)
+        return dropout_once(x, int(key), int(member), float(p), samples, step, row_offset, shared)
     shape = x.shape[1:]
     networks = max(x.shape[0], key.shape[0], member.shape[0], p.shape[0])
     if samples is not None and samples.ndim > 1:

@@ -82,10 +82,7 @@ def write_directory(
     Raises:
         OutputError: the path exists, its parent does not, or the disk is full or refuses.
     """
-    path = Path(os.path.realpath(path))
-    check_output(path, force=force)
-    if path.exists():
-        _check_replaceable(path)
+    path = check_directory(path, force=force)
     for name in files:
         if not _NAME.fullmatch(name) or name == MANIFEST:
             raise ValueError(f"{name!r} is no name for a file of a model")
@@ -134,11 +131,12 @@ def write_file(path: str | Path, *, force: bool = False) -> Iterator[TextIO]:
         OutputError: the path exists, its folder does not, or the disk is full or refuses.
     """
     path = Path(os.path.realpath(path))
-    check_output(path, force=force)
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder. Give the path of a file.")
     temporary = None
     try:
+        check_output(path, force=force)
+        if path.exists() and not path.is_file():  # a device, replaced by a file, would be gone for everybody
+            what = "is a folder" if path.is_dir() else "is not a plain file"
+            raise OutputError(f"{path} {what}. Give the path of a file.")
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         temporary = Path(name)
         with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
@@ -157,6 +155,23 @@ def write_file(path: str | Path, *, force: bool = False) -> Iterator[TextIO]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def check_directory(path: str | Path, *, force: bool = False) -> Path:
+    """Return the real path if a model directory may be written there; ask early, before an hour of work.
+
+    Raises:
+        OutputError: the path exists and may not be replaced, its folder does not exist, or the disk refuses.
+    """
+    real = Path(os.path.realpath(path))
+    try:
+        check_output(path, force=force)
+        if real.exists():
+            _check_replaceable(real)
+        Path(tempfile.mkdtemp(prefix=f".{real.name}.", suffix=".tmp", dir=real.parent)).rmdir()
+    except OSError as error:
+        raise error if isinstance(error, OutputError) else _refused(real, error) from None
+    return real
 
 
 def check_output(path: str | Path, *, force: bool = False) -> Path:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from dropkit.committee import Committee, ConformalInterval, Prediction, RegressionPrediction, Temperature
 from dropkit.committee.calibrated import LEVEL, CalibratedCommittee
 from dropkit.errors import DropkitError, ModelDirectoryError, TableError
-from dropkit.masks.address import MEMBERS, SEEDS
+from dropkit.masks.address import SEEDS
 from dropkit.records import rebuild
 from dropkit.tables.directory import read_directory
 from dropkit.tables.encoder import Encoder
@@ -26,6 +27,8 @@ from dropkit.tables.target import Target
 from dropkit.training.network import NetworkSpec, build_network
 
 MODEL, WEIGHTS = "model.json", "weights.safetensors"
+
+LEAST_MEMBERS, MOST_MEMBERS = 4, 4096  # of a tile of rows all members' answers are in memory at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +77,16 @@ class TableModel:
             encoder = Encoder.from_json(data["encoder"])
             target = rebuild(Target, data["target"], "target")
             spec = rebuild(NetworkSpec, data["network"], "network")
-            members = _whole(data["committee"]["members"], 2, MEMBERS)
+            members = _whole(data["committee"]["members"], LEAST_MEMBERS, MOST_MEMBERS)
             seed = _whole(data["committee"]["seed"], 0, SEEDS - 1)
             calibration = _calibration(data["calibration"], target.task)
-            network = build_network(spec)
-            network.load_state_dict(load(files.bytes(WEIGHTS)))
-            if spec.inputs != encoder.features or spec.outputs != (len(target.classes) or 2):
-                raise ValueError("the network does not fit the encoder or the target")
-        except ModelDirectoryError:
-            raise
+            _check_parts(encoder, target, spec)
+            network = _network(spec, load(files.bytes(WEIGHTS)))
         except (
-            KeyError,
+            LookupError,
             TypeError,
             ValueError,
+            ArithmeticError,
             AttributeError,
             RuntimeError,
             SafetensorError,
@@ -161,14 +161,7 @@ class TableModel:
     @property
     def answer_columns(self) -> tuple[str, ...]:
         """Names of the columns that a prediction adds to a table."""
-        percent = round(100 * LEVEL)
-        if self.target.task == "regression":
-            parts = ["mean", "std", "epistemic_std", "aleatoric_std", f"lower_{percent}", f"upper_{percent}"]
-        else:
-            parts = [
-                "predicted", *(f"probability_{label}" for label in self.target.classes), "entropy", "mutual_information"
-            ]  # fmt: skip
-        return tuple(f"{self.target.name}_{part}" for part in parts)
+        return answer_columns(self.target)
 
     def check_source(self, source: TableSource) -> tuple[str, ...]:
         """Return the columns of a table that the model does not use, or say why it cannot be predicted.
@@ -183,6 +176,18 @@ class TableModel:
                 "Rename it, or predict the table from before it was predicted."
             )
         return self.encoder.check_columns(source.columns, source.name)
+
+
+def answer_columns(target: Target) -> tuple[str, ...]:
+    """Names of the columns that a prediction of this target adds to a table."""
+    percent = round(100 * LEVEL)
+    if target.task == "regression":
+        parts = ["mean", "std", "epistemic_std", "aleatoric_std", f"lower_{percent}", f"upper_{percent}"]
+    else:
+        parts = [
+            "predicted", *(f"probability_{label}" for label in target.classes), "entropy", "mutual_information"
+        ]  # fmt: skip
+    return tuple(f"{target.name}_{part}" for part in parts)
 
 
 class Seen:
@@ -221,6 +226,39 @@ def _whole(value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ValueError(f"{value!r} is not a whole number from {low} to {high}")
     return value
+
+
+def _check_parts(encoder: Encoder, target: Target, spec: NetworkSpec) -> None:
+    """What no part can show by itself: that they belong together."""
+    regression = target.task == "regression"
+    if spec.likelihood != ("gaussian" if regression else "categorical"):
+        raise ValueError(f"the network's likelihood, {spec.likelihood}, is not one for {target.task}")
+    if len(set(target.classes)) != len(target.classes) or (len(target.classes) < 2) is not regression:
+        raise ValueError(f"a {target.task} has not the classes {', '.join(target.classes[:5])!r}")
+    if spec.inputs != encoder.features or spec.outputs != (len(target.classes) or 2):
+        raise ValueError("the network does not fit the encoder or the target")
+    if spec.rate == 1 or spec.input_rate == 1:
+        raise ValueError("a rate is 1")
+    if target.name in {column.name for column in encoder.columns}:
+        raise ValueError(f"the target {target.name!r} is also a column to learn from")
+
+
+def _network(spec: NetworkSpec, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The network with these weights; nothing is allocated before they are known to fill it."""
+    needed = sum((before + 1) * after for before, after in pairwise(spec.widths))
+    given = sum(tensor.numel() for name, tensor in weights.items() if not name.startswith("head."))
+    if given != needed:
+        raise ValueError(f"{given} weights are there, and the network has {needed}")
+    network = build_network(spec)
+    for name, own in network.state_dict().items():
+        if name in weights and weights[name].dtype != own.dtype:
+            raise ValueError(f"{name} is of type {weights[name].dtype}, not {own.dtype}")
+        if name in weights and not bool(weights[name].isfinite().all()):
+            raise ValueError(f"{name} holds numbers that are not finite")
+    network.load_state_dict(dict(weights))
+    if spec.likelihood == "gaussian" and not float(weights["head.scale"]) > 0:
+        raise ValueError("head.scale is not positive")
+    return network
 
 
 def _calibration(data: Any, task: str) -> ConformalInterval | Temperature | None:
