@@ -36,8 +36,11 @@ def definition(x, key, member, samples, step, p, shared=()):
     else:
         width = math.prod(mask_shape[1:])
     keep = bernoulli_keep(key, member, samples, step, width, p).reshape(mask_shape)
-    wide = torch.promote_types(x.real.dtype if x.is_complex() else x.dtype, torch.float32)  # 16 bits round once
-    return torch.where(keep, (x * survivor_scale(p).to(wide).reshape(1)).to(x.dtype).reshape(x.shape), torch.zeros((), dtype=x.dtype))
+    wide = torch.promote_types(
+        x.real.dtype if x.is_complex() else x.dtype, torch.float32
+    )  # 16 bits round once
+    scaled = (x * survivor_scale(p).to(wide).reshape(1)).to(x.dtype).reshape(x.shape)
+    return torch.where(keep, scaled, torch.zeros((), dtype=x.dtype))
 
 
 @settings(max_examples=300)

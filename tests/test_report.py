@@ -19,7 +19,7 @@ import report_examples as examples
 from dropkit.errors import ModelDirectoryError, OptionError
 from dropkit.evaluation import Competitor
 from dropkit.evaluation.records import Score
-from dropkit.report import FitReport, Search, Timing, to_html, to_text
+from dropkit.report import ColumnSummary, FitReport, Search, Timing, making, quality, to_html, to_text
 from dropkit.report.drawing import INK, VARIABLES
 from dropkit.report.html import draw, plots
 from dropkit.report.page import page_of
@@ -293,7 +293,7 @@ def test_sentences_carry_the_numbers_of_the_record(reports):
     assert said == f"{percent(inside / 60)} of the 60 held-out rows fall inside their 90\u202f% interval."
     classes = reports["three classes"]
     right = sum(classes.held_out.confusion[k][k] for k in range(3))
-    assert page_of(classes).sections[1].here[0].startswith(f"{right} of 60 held-out rows lie on the diagonal")
+    assert page_of(classes).sections[1].here[0].startswith(f"{right} of 60 held-out rows are named right")
 
 
 def rival(difference, error, name="RMSE"):
@@ -383,3 +383,30 @@ def test_words():
         "2 entries",
     ]
     assert [listed(["a"]), listed(["a", "b"]), listed(["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
+
+
+def test_a_columns_note_is_told_once_and_names_wear_the_pages_quotes(reports):
+    report = reports["regression"]
+    columns = (ColumnSummary("id's", "number", 0, 60, False, "it counts the rows"), *report.data.columns)
+    data = dataclasses.replace(
+        report.data,
+        columns=columns,
+        task_reason=f"Regression: {report.data.target!r} holds many numbers.",
+        warnings=('"id\'s" is left out: it counts the rows.', "'x': 3 cells are odd", "Something else"),
+    )
+    said = " ".join(making.data(dataclasses.replace(report, data=data)).here)
+    assert "it counts the rows" not in said
+    assert f"Regression: “{report.data.target}” holds many numbers." in said
+    assert "3 cells are odd." in said
+    assert said.endswith("Something else.")
+
+
+@pytest.mark.parametrize(("folds", "words"), [(4, "4 folds of 70 rows"), (1, "one division of 70 rows")])
+def test_the_page_says_which_rows_chose_the_rate(reports, folds, words):
+    report = reports["regression"]
+    search = dataclasses.replace(report.search, folds=folds, rows=70)
+    told = dataclasses.replace(report, search=search)
+    assert words in making.search(told).plot.caption
+    assert ("4 folds" in making.data(told).here[0]) == (folds == 4)
+    assert "helped to choose the rate" in " ".join(quality.calibration(told).here)
+    assert "choose the epoch" in " ".join(quality.calibration(dataclasses.replace(told, search=None)).here)

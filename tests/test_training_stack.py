@@ -124,8 +124,7 @@ def test_two_runs_are_equal_bit_for_bit_and_another_seed_is_not():
     assert not torch.equal(runs[0].trained[0].weights[0][0], runs[2].trained[0].weights[0][0])
 
 
-def test_the_order_of_rows_in_the_table_means_nothing_but_their_numbers(tmp_path):
-    """A memory-mapped file gives what the array gives."""
+def test_a_memory_mapped_file_gives_what_the_array_gives(tmp_path):
     x, y = table()
     path = tmp_path / "x.bin"
     x.tofile(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import sys
@@ -60,8 +59,20 @@ Header = Annotated[
 ]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from dropkit import __version__
+
+        typer.echo(f"dropkit {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def dropkit() -> None:
+def dropkit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
     """Dropout for tables: predictions that know what they don't know."""
 
 
@@ -127,7 +138,7 @@ def fit(
             return
         seconds = round(time.perf_counter() - begun)
         typer.echo(to_text(report))
-        typer.echo(f"\nModel in {out}, report in {out / 'report.html'}, after {seconds} s.")
+        typer.echo(f"Model in {out}, report in {out / 'report.html'}, after {seconds} s.")
 
 
 @app.command()
@@ -144,15 +155,14 @@ def predict(
 ) -> None:
     """Predict every row of TABLE: adds mean, spread and interval, or class probabilities and entropy."""
     with _one_line_errors():
-        from dropkit.jobs import as_json as plain
-        from dropkit.jobs import demo_table, predict_table
+        from dropkit.jobs import predict_table
 
         summary = predict_table(
-            model, demo_table() if table is None else table, out, force=force,
+            model, table, out, force=force,
             header="auto" if header is None else header, chunk_rows=chunk_rows,
         )  # fmt: skip
         if as_json:
-            typer.echo(json.dumps(plain(summary), ensure_ascii=False))
+            typer.echo(summary.to_json())
             return
         for note in summary.notes:
             typer.echo(note, err=True)
@@ -160,6 +170,40 @@ def predict(
             f"{summary.rows:,} rows predicted into {out}: {', '.join(summary.columns[:8])}"
             f"{' ...' if len(summary.columns) > 8 else ''}."
         )
+
+
+@app.command()
+def bench(
+    rows: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ROW]...", help="Rows of the table, or patterns such as call-*; all by default."
+        ),
+    ] = None,
+    threads: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Threads of torch, in place of those that each row asks for; repeatable."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=5, help="Turns of each side, interleaved.")] = 21,
+    slow: Annotated[bool, typer.Option("--slow", help="With the rows that take long to start.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of inputs, masks and the order of turns.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for bench.txt, bench.json and bench.svg.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time and memory against torch and the peers that are installed; outputs are checked before they are timed."""
+    with _one_line_errors():
+        from dropkit.bench import choose, run_bench, to_json, to_text, write_bench
+
+        with _progress() as (say, _):
+            found = run_bench(
+                choose(rows or ()), threads=threads or (), repeats=repeats, slow=slow, seed=seed, say=say
+            )
+        if out is not None:
+            write_bench(found, out)
+        typer.echo(to_json(found) if as_json else to_text(found))
 
 
 def _rate(given: str) -> Any:

@@ -55,10 +55,6 @@ class DropkitWarning(UserWarning):
     """Something that was done as asked, yet is probably not what was meant."""
 
 
-class MissingExtraError(DropkitError, ImportError):
-    """An optional package is not installed."""
-
-
 def check_probability(p: float, name: str = "p") -> float:
     """Return p as a float, or say what is wrong with it.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import platform
+import json
 import signal
 import tempfile
 import threading
@@ -15,8 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import sklearn
-import torch
 
 from dropkit import training
 from dropkit.committee import ClassificationPrediction, Committee, ConformalInterval
@@ -31,19 +29,10 @@ from dropkit.evaluation import (
     evaluate_regression,
     spread_by_members,
 )
+from dropkit.evaluation.comparison import MOST_BOOSTED_CLASSES
 from dropkit.masks.address import SEEDS
-from dropkit.report import (
-    ColumnSummary,
-    DataSummary,
-    FitReport,
-    LearningCurves,
-    ModelSummary,
-    Search,
-    Timing,
-    Trial,
-    to_html,
-    to_text,
-)
+from dropkit.report import FitReport, Timing, to_html, to_text
+from dropkit.report.summary import data_summary, learning_curves, model_summary, search_summary
 from dropkit.tables.columns import describe_columns
 from dropkit.tables.directory import check_directory, check_output, write_directory, write_file
 from dropkit.tables.encoder import Encoder
@@ -116,6 +105,10 @@ class PredictSummary:
     columns: tuple[str, ...]
     notes: tuple[str, ...]
 
+    def to_json(self) -> str:
+        """The summary as JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
 
 def demo_table() -> TableSource:
     """The data set that comes along: 442 diabetes patients, and how far the disease had come a year later.
@@ -131,7 +124,7 @@ def demo_table() -> TableSource:
             "s5": "log_triglycerides", "s6": "blood_sugar",
         }
     )  # fmt: skip
-    return from_frame(frame, "diabetes (442 patients)")
+    return from_frame(frame, "diabetes")
 
 
 def fit_table(
@@ -269,6 +262,11 @@ def _prepare(source: TableSource, target: Target, options: FitOptions, scratch: 
     encoded = encode_stream(source, encoder, target=target, path=scratch / "encoded.f32" if large else None)
     notes = [f"{c.name!r} is left out: {c.dropped}." for c in columns if c.dropped]
     notes += [f"{c.name!r}: {c.note}." for c in columns if c.note and not c.dropped]
+    if len(target.classes) > MOST_BOOSTED_CLASSES:
+        notes.append(
+            "Gradient boosting takes no part in the comparison: it would grow a tree for each of "
+            f"{len(target.classes)} classes."
+        )
     if len(y) > SAMPLE_ROWS:
         notes.append(
             f"Columns were described and their encoding learned from {SAMPLE_ROWS:,} rows, drawn evenly."
@@ -329,17 +327,19 @@ def _finish(
     if fit.search is not None:
         say(fit.search.verdict)
     report = FitReport(
-        data=_data(source, prepared, fit, warnings),
-        model=_model(fit, options, command),
-        search=_search(fit),
-        curves=_curves(fit),
+        data=data_summary(
+            source.name, target, prepared.encoder.columns, fit, len(prepared.test_rows), warnings
+        ),
+        model=model_summary(fit, options.members, command, rate_given=options.rate != "auto"),
+        search=search_summary(fit),
+        curves=learning_curves(fit),
         **_evaluate(source, prepared, fit, asked),
     )
     # The files say nothing of seconds, so that equal seeds give equal bytes.
     texts = {
         "report.json": report.to_json(),
         "report.html": to_html(report),
-        "report.txt": to_text(report) + "\n",
+        "report.txt": to_text(report),
     }
     # A file's name may hold bytes that are no text; they are shown as escapes.
     files = {name: text.encode("utf-8", "backslashreplace") for name, text in texts.items()}
@@ -407,80 +407,9 @@ def _table_rows(
     return pd.concat([frame[frame.index.isin(rows)] for frame in source.chunks(columns=columns)])
 
 
-def _data(source: TableSource, prepared: _Prepared, fit: Fit, warnings: Sequence[str]) -> DataSummary:
-    return DataSummary(
-        source=source.name,
-        rows=len(prepared.y),
-        training_rows=len(fit.train_rows),
-        validation_rows=len(fit.validation_rows),
-        test_rows=len(prepared.test_rows),
-        target=prepared.target.name,
-        task=prepared.target.task,
-        task_reason=prepared.target.reason,
-        columns=tuple(
-            ColumnSummary(c.name, c.kind, c.missing, c.distinct, c.dropped is None, c.dropped or c.note)
-            for c in prepared.encoder.columns
-        ),
-        warnings=tuple(warnings),
-    )
-
-
-def _model(fit: Fit, options: FitOptions, command: str) -> ModelSummary:
-    from dropkit import __version__
-
-    versions = {
-        "dropkit": __version__, "torch": torch.__version__, "numpy": np.__version__, "pandas": pd.__version__,
-        "scikit-learn": sklearn.__version__, "Python": platform.python_version(),
-    }  # fmt: skip
-    return ModelSummary(
-        hidden=fit.spec.hidden,
-        rate=fit.spec.rate,
-        input_rate=fit.spec.input_rate,
-        weight_decay=fit.weight_decay,
-        members=options.members,
-        parameters=sum(parameter.numel() for parameter in fit.network.parameters()),
-        seed=options.seed,
-        epochs=fit.best_epoch,
-        versions=tuple(versions.items()),
-        command=command,
-        rate_given=options.rate != "auto",
-    )
-
-
-def _search(fit: Fit) -> Search | None:
-    if fit.search is None:
-        return None
-    trials = fit.search.trials
-    return Search(
-        trials=tuple(
-            Trial(
-                rate=trial.candidate.rate,
-                input_rate=trial.candidate.input_rate,
-                width=trial.candidate.hidden[0] if trial.candidate.hidden else 0,
-                weight_decay=trial.candidate.weight_decay,
-                train_loss=trial.train,
-                validation_loss=trial.validation,
-                standard_error=trial.standard_error,
-                gap=trial.gap,
-                epochs=round(trial.epochs_to_converge),
-            )
-            for trial in trials
-        ),
-        chosen=[trial.candidate for trial in trials].index(fit.search.chosen),
-        verdict=fit.search.verdict,
-        folds=fit.search.folds,
-        rows=fit.search.rows,
-    )
-
-
-def _curves(fit: Fit) -> LearningCurves:
-    curve = fit.curve
-    return LearningCurves(tuple(curve.epochs), tuple(curve.train), tuple(curve.validation), curve.best_epoch)
-
-
 def predict_table(
     model: str | Path,
-    table: str | Path | TableSource,
+    table: str | Path | TableSource | None,
     out: str | Path,
     *,
     force: bool = False,
@@ -491,7 +420,8 @@ def predict_table(
 
     Args:
         model: the directory that `fit_table` wrote.
-        table: a CSV or Parquet file with the columns the model learned from, or an open table.
+        table: a CSV or Parquet file with the columns the model learned from, or an open table; None is the data set
+            that comes along, for a model of it.
         out: the CSV file to write; all columns of the table, then those of the answer.
         force: replace a file that is there.
         header: whether the first row names the columns.
@@ -506,6 +436,10 @@ def predict_table(
         raise OutputError(f"{out} was given; predictions are written as CSV. Give a name that ends in .csv.")
     check_output(out, force=force)
     loaded = TableModel.read(model)
+    if table is None:
+        if loaded.target.name != DEMO_TARGET:
+            raise OptionError(f"{model} was given without a table. Give the CSV or Parquet file to predict.")
+        table = demo_table()
     source = table if isinstance(table, TableSource) else open_table(table, header=header)
     loaded.check_source(source)
     seen = Seen()
@@ -516,8 +450,3 @@ def predict_table(
                     frame[name] = np.char.mod("%.7g", frame[name].to_numpy())
             frame.to_csv(file, index=False, header=number == 0, lineterminator="\n")
     return PredictSummary(seen.rows, loaded.answer_columns, seen.notes)
-
-
-def as_json(result: PredictSummary) -> dict[str, Any]:
-    """The summary as plain data."""
-    return asdict(result)

@@ -43,7 +43,7 @@ def predicted_against_true(points: RegressionPoints, target: str, level: float) 
             color=colour,
             markersize=3.4,
             alpha=0.85,
-            label=f"{label} {level:.0%}",
+            label=f"{label} {100 * level:g}\u202f%",
         )
     axes.set(xlabel=f"true {short(target, 30)}", ylabel=f"predicted {short(target, 30)}")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1.0)
@@ -229,5 +229,5 @@ def percent(axes: Axes, which: str) -> None:
     """Shares written as percent."""
     for axis in which:
         (axes.xaxis if axis == "x" else axes.yaxis).set_major_formatter(
-            lambda share, _: f"{100 * share:.4g}%"
+            lambda share, _: f"{100 * share:.4g}\u202f%"
         )

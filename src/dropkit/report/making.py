@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 
 from dropkit.report.blocks import Plot, Section, Table
-from dropkit.report.record import FitReport, ModelSummary, Search, Trial
-from dropkit.report.wording import count, cut, measured, number, percent, quoted
+from dropkit.report.record import ColumnSummary, FitReport, ModelSummary, Search, Trial
+from dropkit.report.wording import count, cut, file_name, measured, number, percent, quoted
 
 TRIALS_SHOWN, COLUMNS_SHOWN = 12, 200
 # A Monte Carlo error below this share of the spread changes no reading of it.
 KNOWN_WELL = 0.1
 NO_SPREAD = (
-    "The members agree exactly: without dropout they are one and the same network, so there is no spread to measure, "
-    "and nothing is said about what more data would teach."
+    "The members agree exactly: without dropout they are one network, so there is no spread to measure."
 )
 
 
@@ -41,14 +40,16 @@ def search(report: FitReport) -> Section | None:
         "rate",
         "What dropout costs and what it buys",
         tuple(here),
-        reading="Noise in training makes the gap between validation and training smaller and the way longer. The "
-        "lowest point of the upper panel wins; p = 0 wins only where it is clearly lower, as a committee needs masks. "
-        "Where no rate lies lower than p = 0 by more than its error bar, dropout buys nothing in likelihood.",
+        reading="Each point of a line is the best candidate with that rate on hidden units, whatever its width, its "
+        "weight decay and its rate on inputs. The lowest loss wins, but no dropout at all wins only where nothing with "
+        "dropout comes within one standard error, row by row: a committee needs masks. Noise in training tends to "
+        "make the gap smaller and the way longer. The winner of many looks better here than it is; the held-out rows "
+        "are the check.",
         plot=Plot(
             "trade-off",
             f"Validation loss, gap and epochs against the rate for {count(len(found.trials), 'candidate')}. {here[0]}",
-            "Rate against validation loss (± one standard error over rows), gap at the best epoch, and epochs until "
-            f"converged; {count(report.data.validation_rows, 'validation row')}, seed {report.model.seed}.",
+            "Rate against the committee’s validation loss (± one standard error over rows), gap at the best epoch "
+            f"with masks off, and epochs until converged; {division(found)}seed {report.model.seed}.",
         ),
         tables=(
             Table(
@@ -61,6 +62,14 @@ def search(report: FitReport) -> Section | None:
             ),
         ),
     )
+
+
+def division(found: Search) -> str:
+    """How the rows that were not held out were divided for the search, as the start of a clause."""
+    if found.rows == 0:
+        return ""
+    rows = count(found.rows, "row")
+    return f"{found.folds} folds of {rows}, " if found.folds > 1 else f"one division of {rows}, "
 
 
 def best_at_each_rate(search: Search) -> list[Trial]:
@@ -130,7 +139,7 @@ def learning(report: FitReport) -> Section | None:
         plot=Plot(
             "learning",
             f"Training and validation loss over {curves.epoch[-1]} epochs. {here[0]}",
-            f"Epoch against negative log-likelihood in nats per row, on "
+            f"Epoch against negative log-likelihood in nats per row, masks off, on "
             f"{count(report.data.training_rows, 'training row')} and "
             f"{count(report.data.validation_rows, 'validation row')}; seed {report.model.seed}.",
         ),
@@ -143,18 +152,19 @@ def members(report: FitReport) -> Section | None:
     if curve is None:
         return None
     spread, error = curve.spread[-1], curve.monte_carlo_error[-1]
-    unit = (
-        f"in the unit of {cut(report.data.target)}" if curve.quantity == "standard deviation" else "in nats"
-    )
+    numbers = curve.quantity == "standard deviation"
+    unit = f"in the unit of {cut(report.data.target)}" if numbers else "in nats"
     if spread <= 0:
         return Section("members", "Were enough members asked?", (NO_SPREAD,))
     share = error / spread
-    found = f"the mean {curve.quantity} is {measured(spread, error)} {unit}"
-    known = f"With {curve.members[-1]} members {found}, known "
+    found = (
+        f"the mean {curve.quantity} between members is {measured(spread, error)}{'' if numbers else ' nats'}"
+    )
+    known = f"With {curve.members[-1]} members {found}, known"
     if share < KNOWN_WELL:
-        here = f"{known}to within {percent(share)}: enough to rank rows by it."
+        here = f"{known} to within {percent(share)} (one standard error): more members would change little."
     else:
-        here = f"{known}only to within {percent(share)}; ask more members where that matters."
+        here = f"{known} only to within {percent(share)}; ask more members where that matters."
     return Section(
         "members",
         "Were enough members asked?",
@@ -176,18 +186,24 @@ def data(report: FitReport) -> Section:
     kept = [column for column in found.columns if column.used]
     here = [
         f"{count(found.rows, 'row')}: {count(found.training_rows, 'row')} to learn from, "
-        f"{count(found.validation_rows, 'row')} to choose the rate, stop and calibrate, "
+        f"{count(found.validation_rows, 'row')} to validate and calibrate with, "
         f"{count(found.test_rows, 'row')} held out for this report.",
-        f"{quoted(found.target)} is the column to predict, a {'number' if found.task == 'regression' else 'class'}. "
-        f"{found.task_reason[:1].upper()}{found.task_reason[1:].rstrip('.')}.",
+        quotes(f"{found.task_reason[:1].upper()}{found.task_reason[1:].rstrip('.')}.", found.target),
     ]
+    if report.search is not None and report.search.folds > 1:
+        here[0] += (
+            f" The rate was chosen in {report.search.folds} folds of the {count(report.search.rows, 'row')} that are "
+            "not held out."
+        )
     if found.columns:
         dropped = len(found.columns) - len(kept)
         here.append(
             f"{count(len(kept), 'column')} used"
             + (f", {dropped} dropped (the note says why)." if dropped else ".")
         )
-    here += [warning if warning.endswith(".") else f"{warning}." for warning in found.warnings]
+    here += [
+        sentence(warning, found.columns) for warning in found.warnings if not told(warning, found.columns)
+    ]
     rows = tuple(
         (
             cut(column.name),
@@ -206,13 +222,32 @@ def data(report: FitReport) -> Section:
         else "Columns"
     )
     table = Table(
-        caption=f"{shown} of {found.source} besides the target.",
+        caption=f"{shown} of {file_name(found.source)} besides the target.",
         header=("column", "kind", "missing", "distinct", "note"),
         rows=rows,
         numeric=(False, False, True, True, False),
         folded=len(rows) > 12,
     )
     return Section("data", "The data", tuple(here), tables=(table,) if rows else ())
+
+
+def told(warning: str, columns: tuple[ColumnSummary, ...]) -> bool:
+    """Whether the note of a column that is shown says the same."""
+    shown = columns[:COLUMNS_SHOWN]
+    return any(c.note and warning.startswith(repr(c.name)) and c.note in warning for c in shown)
+
+
+def sentence(warning: str, columns: tuple[ColumnSummary, ...]) -> str:
+    """A warning with the page's quotes around the column it begins with, and a full stop."""
+    for column in columns:
+        if warning.startswith(repr(column.name)):
+            warning = quotes(warning, column.name)
+    return warning if warning.endswith(".") else f"{warning}."
+
+
+def quotes(text: str, name: str) -> str:
+    """Text with a name in the page's quotes where it stands in a program's."""
+    return text.replace(repr(name), quoted(name), 1)
 
 
 def reproduce(report: FitReport) -> Section:
@@ -225,7 +260,9 @@ def reproduce(report: FitReport) -> Section:
         here.append(
             f"{search}Training: {number(seconds.training, 2)} s; {number(seconds.total, 2)} s in all."
         )
-    here.append("The same command on the same file, seed and versions gives the same model, bit for bit.")
+    here.append(
+        "The same command gives the same model, bit for bit, on the same machine with the same versions."
+    )
     return Section(
         "again",
         "The same again",
@@ -248,6 +285,6 @@ def network_sentence(model: ModelSummary) -> str:
     return (
         f"A multilayer perceptron with hidden layers {layers} ({count(model.parameters, 'parameter')}), dropout "
         f"p = {model.rate:g} on hidden units and {model.input_rate:g} on inputs, weight decay "
-        f"{model.weight_decay:g}, trained for {count(model.epochs, 'epoch')}; "
+        f"{model.weight_decay:g}, with the weights of epoch {model.epochs}; "
         f"{count(model.members, 'thinned network')} in the committee."
     )

@@ -9,7 +9,7 @@ from dropkit.evaluation import RegressionEvaluation
 from dropkit.report import making, quality, verdicts
 from dropkit.report.blocks import Card, Section
 from dropkit.report.record import FitReport
-from dropkit.report.wording import count
+from dropkit.report.wording import count, file_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Page:
         subline: how sure, and against what.
         cards: the verdicts.
         sections: in the order a practitioner asks.
-        footer: versions and seed.
+        footer: version and seed.
         task: for what depends on it.
     """
 
@@ -53,12 +53,14 @@ def page_of(report: FitReport) -> Page:
         making.reproduce(report),
     )
     return Page(
-        title=f"{data.target} from {data.source}",
-        kicker=f"{data.source} · {count(data.rows, 'row')} · {data.task}",
+        title=f"{data.target} from {file_name(data.source)}",
+        kicker=f"{file_name(data.source)} · {count(data.rows, 'row')} · {data.task}",
         headline=verdicts.headline(report),
         subline=verdicts.subline(report),
         cards=verdicts.cards(report),
         sections=tuple(section for section in sections if section is not None),
-        footer=" · ".join([f"{name} {version}" for name, version in model.versions] + [f"seed {model.seed}"]),
+        footer=" · ".join(
+            [f"{name} {version}" for name, version in model.versions[:1]] + [f"seed {model.seed}"]
+        ),
         task="regression" if isinstance(report.held_out, RegressionEvaluation) else "classification",
     )

@@ -13,6 +13,7 @@ from dropkit.report.wording import (
     CLEAR,
     count,
     cut,
+    file_name,
     listed,
     measured,
     number,
@@ -116,11 +117,11 @@ def predictions(report: FitReport) -> Section:
         epistemic = sum(e**2 for e in held.points.epistemic)
         share = epistemic / (epistemic + sum(a**2 for a in held.points.aleatoric))
         divided = (
-            f"{percent(share)} of the predicted variance is epistemic (the members disagree; more data could help), "
-            f"{percent(1 - share)} is aleatoric (noise the members see in the data; more data would not)."
+            f"{percent(share)} of the predicted variance is epistemic (the members disagree), {percent(1 - share)} is "
+            "aleatoric (noise the members see in the data). How far they disagree depends on the rate as well as on "
+            "the data."
             if epistemic > 0
-            else "All of the predicted variance is aleatoric, noise seen in the data; members that agree exactly say "
-            "nothing about what more data would teach."
+            else "All of the predicted variance is aleatoric, noise the members see in the data: they agree exactly."
         )
         return Section(
             "predictions",
@@ -157,7 +158,7 @@ def predictions(report: FitReport) -> Section:
         worst = "No held-out row is taken for another class."
     right = sum(held.confusion[k][k] for k in range(len(held.classes)))
     few = [c for c, row in zip(held.classes, held.confusion, strict=True) if sum(row) == 0]
-    here = [f"{right} of {count(held.rows, 'held-out row')} lie on the diagonal. {worst}"]
+    here = [f"{right} of {count(held.rows, 'held-out row')} are named right. {worst}"]
     if few:
         here.append(
             f"No held-out row belongs to {listed([quoted(c) for c in few[:5]])}{' and others' if len(few) > 5 else ''}."
@@ -194,11 +195,12 @@ def calibration(report: FitReport) -> Section:
         chance = max(math.sqrt(v * (1 - v) / held.rows) for v in table.level)
         at = min(range(len(table.level)), key=lambda k: abs(table.level[k] - held.level))
         here = (
-            f"At the nominal {percent(table.level[at])}, the committee’s own law holds {percent(table.before[at])} of "
-            f"rows, the calibrated interval {percent(table.after[at])}.",
+            f"The committee’s own {percent(table.level[at])} interval holds {percent(table.before[at])} of the "
+            f"held-out rows, the calibrated one {percent(table.after[at])}.",
             f"Over all levels the observed share is at most {100 * off[0]:.0f} points away from the nominal one before "
             f"and {100 * off[1]:.0f} after; one standard error of chance is up to {100 * chance:.0f} points with "
             f"{count(held.rows, 'row')}.",
+            check_sentence(report),
         )
         return Section(
             "calibration",
@@ -209,21 +211,29 @@ def calibration(report: FitReport) -> Section:
             plot=Plot(
                 "coverage",
                 f"Observed against nominal coverage, before and after calibration. {here[0]}",
-                "Nominal level against the share of held-out rows inside; before: the mixture of the members' "
+                "Nominal level against the share of held-out rows inside; before: the mixture of the members’ "
                 f"Gaussians; after: split conformal on the validation rows. {setting(report)}",
             ),
         )
     table_of = held.reliability
-    better = table_of.error_after < table_of.error_before
+    error = score_of(held.scores, "ECE").standard_error
+    change = table_of.error_after - table_of.error_before
     moved = f"from {percent(table_of.error_before, 1)} to {percent(table_of.error_after, 1)}"
+    moved += f" (± {100 * error:.0f} points)" if math.isfinite(error) and error > 0 else ""
+    way = "falls" if change < -error else "rises" if change > error else "hardly moves"
     flattened = "flattens" if table_of.temperature > 1 else "sharpens"
     temperature = (
-        "The temperature is 1: the committee was calibrated as it was."
+        "The temperature stays 1: on the validation rows no other gained more than chance."
         if table_of.temperature == 1
         else f"A temperature of {number(table_of.temperature)} {flattened} the probabilities; the calibration error "
-        f"{'falls' if better else 'does not fall'}: {moved}."
+        f"on the held-out rows {way}, {moved}."
     )
-    here = (temperature, f"{confidence_sentence(held)[:1].upper()}{confidence_sentence(held)[1:]}.")
+    right = percent(score_of(held.scores, "accuracy").value, 1)
+    here = (
+        temperature,
+        f"It is right in {right} of cases; {confidence_sentence(held)}.",
+        check_sentence(report),
+    )
     return Section(
         "calibration",
         "Can its probabilities be taken at their word?",
@@ -239,19 +249,34 @@ def calibration(report: FitReport) -> Section:
     )
 
 
+def check_sentence(report: FitReport) -> str:
+    """Which rows may flatter the calibration, and which cannot."""
+    chose = "the epoch" if report.search is None else "the rate and the epoch"
+    return (
+        f"The {count(report.data.validation_rows, 'validation row')} that calibrate also helped to choose {chose}, so "
+        "they may flatter; the held-out rows had no part in any of it and are the check."
+    )
+
+
 def error_against_spread(report: FitReport) -> Section:
     """Does the committee know when it is wrong?"""
     held, bins = report.held_out, report.held_out.spread.bins
     regression = isinstance(held, RegressionEvaluation)
     write = number if regression else percent
-    what = "a root mean squared error of" if regression else "a share of wrong rows of"
+    spread = "predicted standard deviation" if regression else "entropy"
     ends = [(b.count, write(b.observed), write(b.expected)) for b in (bins[0], bins[-1])]
     if len(bins) == 1:
+        what = "a root mean squared error of" if regression else "a share of wrong rows of"
         first = f"{count(held.rows, 'row')} make one group only, with {what} {ends[0][1]} (foreseen: {ends[0][2]})."
+    elif regression:
+        first = (
+            f"The root mean squared error is {ends[0][1]} on the {ends[0][0]} most certain rows (foreseen: "
+            f"{ends[0][2]}) and {ends[1][1]} on the {ends[1][0]} least certain ones (foreseen: {ends[1][2]})."
+        )
     else:
         first = (
-            f"The {ends[0][0]} most certain rows have {what} {ends[0][1]} (foreseen: {ends[0][2]}), "
-            f"the {ends[1][0]} least certain rows one of {ends[1][1]} (foreseen: {ends[1][2]})."
+            f"Of the {ends[0][0]} most certain rows {ends[0][1]} are wrong (foreseen: {ends[0][2]}), of the "
+            f"{ends[1][0]} least certain ones {ends[1][1]} (foreseen: {ends[1][2]})."
         )
     axes = (
         f"root mean squared error and predicted standard deviation, both in the unit of {cut(report.data.target)}"
@@ -262,14 +287,13 @@ def error_against_spread(report: FitReport) -> Section:
         "spread",
         "Does the committee know when it is wrong?",
         (first, correlation_sentence(report)),
-        reading="Held-out rows in order of their spread, the most certain on the left, in groups of equal size. Bars "
-        "that rise to the right say that spread goes with error; diamonds at the top of the bars say that it has the "
-        "right size, too.",
+        reading=f"Held-out rows in order of their {spread}, the most certain on the left, in groups of equal size. "
+        "Bars that rise to the right say that errors are found where they are foreseen; diamonds at the top of the "
+        "bars say that they have the foreseen size, too.",
         plot=Plot(
             "error-spread",
             f"Error found and error foreseen in {count(len(bins), 'group')} of rows. {first}",
-            f"Groups of rows by {'predicted standard deviation' if regression else 'entropy'} against {axes}; "
-            f"± two standard errors. {setting(report)}",
+            f"Groups of rows by {spread} against {axes}; ± two standard errors. {setting(report)}",
         ),
     )
 
@@ -285,13 +309,14 @@ def correlation_sentence(report: FitReport) -> str:
     r = f"{spread.rank_correlation:.2f} ± {error:.2f}".replace("-", "−")
     sure = "is" if abs(spread.rank_correlation) > CLEAR * error else "is not clearly"
     way = "better" if spread.rank_correlation < 0 and sure == "is" else "worse"
+    doubt = "predicted standard deviation" if isinstance(report.held_out, RegressionEvaluation) else "entropy"
     tail = (
         f" A wrong row has more entropy than a right one in {percent(spread.detection)} of pairs."
         if spread.detection is not None
         else ""
     )
     return (
-        f"Spearman’s rank correlation of error with spread is {r}: a more uncertain row {sure} a {way} predicted "
+        f"Spearman’s rank correlation of error with {doubt} is {r}: a more uncertain row {sure} a {way} predicted "
         f"one.{tail}"
     )
 
@@ -316,18 +341,19 @@ def least_certain(report: FitReport) -> Section | None:
     spread = "predicted std" if regression else "entropy [nats]"
     tail = ""
     if isinstance(held, ClassificationEvaluation):
-        tail = f"; the most there can be is {number(math.log(max(len(held.classes), 2)))}"
+        tail = f" of at most {number(math.log(max(len(held.classes), 2)))} possible"
     return Section(
         "least-certain",
         "The rows it is least sure about",
         (
             f"These {len(rows)} of {count(held.rows, 'held-out row')} have the largest "
-            f"{'spread' if regression else 'entropy'}: {number(held.uncertain[0].spread)} at most{tail}. Look here "
+            f"{'predicted standard deviation' if regression else 'entropy'}, up to "
+            f"{number(held.uncertain[0].spread)}{tail}. Look here "
             "first for wrong entries, rare cases and missing columns.",
         ),
         tables=(
             Table(
-                caption=f"Row numbers count the rows of {report.data.source} from 1. Prediction and truth "
+                caption=f"Row numbers count the rows of {file_name(report.data.source)} from 1. Prediction and truth "
                 + (
                     f"in the unit of {cut(report.data.target)}."
                     if regression

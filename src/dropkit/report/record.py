@@ -43,7 +43,7 @@ class DataSummary:
         source: name of the file or data set.
         rows: rows with a target.
         training_rows: rows the weights were learned from.
-        validation_rows: rows that chose the rate, the epoch and the calibration.
+        validation_rows: rows that chose the epoch, helped to choose the rate, and calibrated.
         test_rows: rows nobody looked at before the report.
         target: name of the column to predict.
         task: what kind of target it is.
@@ -130,11 +130,15 @@ class Search:
         trials: in the order they were listed.
         chosen: index of the winner.
         verdict: the outcome in one sentence; empty to let the report write it.
+        folds: how often the rows were divided anew; 1 is one division.
+        rows: rows that took part, none of them held out; 0 where that is not known.
     """
 
     trials: tuple[Trial, ...]
     chosen: int
     verdict: str = ""
+    folds: int = 1
+    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,7 @@ class LearningCurves:
     """Loss by epoch of the chosen network, nats per row.
 
     Attributes:
-        epoch: counted from 1.
+        epoch: passes done; 0 is the fresh network.
         training: without masks, on training rows.
         validation: without masks, on validation rows.
         best_epoch: whose weights were kept.

@@ -25,7 +25,7 @@ def to_text(report: FitReport, width: int = 88) -> str:
         "",
         *textwrap.wrap(
             f"{count(data.rows, 'row')} of {data.source}: {data.training_rows} to learn from, "
-            f"{data.validation_rows} to choose and calibrate, {data.test_rows} held out.",
+            f"{data.validation_rows} to validate and calibrate with, {data.test_rows} held out.",
             width,
         ),
         "",

@@ -136,11 +136,12 @@ def knows_card(report: FitReport) -> Card:
     spread = report.held_out.spread
     label = "Knows when it is wrong"
     if spread.rank_correlation is None or spread.rank_correlation_error is None:
-        return Card(label, "cannot tell", "no variation in error or in spread on these rows")
+        return Card(label, "cannot tell", "no variation in error or in certainty on these rows")
     if report.held_out.rows < FEWEST_ROWS:
         return Card(label, "cannot tell", f"{count(report.held_out.rows, 'held-out row')} are too few")
     r, error = spread.rank_correlation, spread.rank_correlation_error
-    note = f"rank correlation of spread and error {r:.2f} ± {error:.2f}".replace("-", "−")
+    doubt = "predicted std" if isinstance(report.held_out, RegressionEvaluation) else "entropy"
+    note = f"rank correlation of {doubt} and error {r:.2f} ± {error:.2f}".replace("-", "−")
     if spread.detection is not None:
         note = f"a wrong row is the less certain one in {percent(spread.detection)} of pairs; {note}"
     if r > 2 * error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Iterable
+from pathlib import PurePath
 
 from dropkit.evaluation import Competitor
 from dropkit.evaluation.records import Score
@@ -113,6 +114,11 @@ def verdict(rivals: Iterable[Competitor], measure: str, rows: int) -> str:
 def quoted(name: str) -> str:
     """A column's name inside a sentence."""
     return f"“{cut(name)}”"
+
+
+def file_name(source: str) -> str:
+    """Where the rows came from, without the folders: the command line on the page has them."""
+    return PurePath(source).name or source
 
 
 def cut(text: str, most: int = 60) -> str:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from dropkit.errors import ModelDirectoryError, TableError
 from dropkit.records import rebuild
-from dropkit.tables.cells import KINDS, Column, read_column
+from dropkit.tables.cells import KINDS, MOST, NUMBER_FORMS, Column, read_column
 from dropkit.tables.source import check_names, suggest
 
 MOST_LABELS = 64
@@ -27,7 +27,7 @@ MOST_RARE = 10_000
 """Most rare labels that are remembered, to tell a rare label from one never seen."""
 
 _FAR = 10.0  # standard deviations; a column with a value beyond this has a heavy tail
-_BOUND = 1e6  # encoded numbers stay within, so that float32 stays finite
+_BOUND = 1e30  # a scaled number stays within on its way to `_soft`, whose logarithm would pass infinity on
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +302,16 @@ def _drawn_in(values: np.ndarray, tail: tuple[float, float]) -> np.ndarray:
     return np.arcsinh((values - tail[0]) / tail[1])
 
 
+def _soft(z: np.ndarray) -> np.ndarray:
+    """z itself up to 10 standard deviations, and beyond only by its logarithm: 10 + log(1 + |z| - 10), with its sign.
+
+    A column that had such values in training is drawn in by asinh already, so this is for new rows: a network is
+    straight far outside, and one mistyped cell would be answered by a number as absurd as itself.
+    """
+    beyond = np.maximum(np.abs(z) - _FAR, 0.0)
+    return np.sign(z) * (np.minimum(np.abs(z), _FAR) + np.log1p(beyond))
+
+
 def _encode_numbers(raw: np.ndarray, numbers: Sequence[NumberPart]) -> np.ndarray:
     """Fill gaps, draw in tails and scale, all numbers of the table together: (rows, numbers + gaps) float64."""
     from sklearn.impute import MissingIndicator, SimpleImputer
@@ -318,7 +328,7 @@ def _encode_numbers(raw: np.ndarray, numbers: Sequence[NumberPart]) -> np.ndarra
         robust = RobustScaler().fit(medians[:, heavy])
         robust.center_, robust.scale_ = tails[:, 0], tails[:, 1]
         filled[:, heavy] = FunctionTransformer(np.arcsinh).transform(robust.transform(filled[:, heavy]))
-    scaled = np.clip(scaler.transform(filled), -_BOUND, _BOUND)
+    scaled = _soft(np.clip(scaler.transform(filled), -_BOUND, _BOUND))
     gaps = [k for k, n in enumerate(numbers) if n.gap]
     if not gaps:
         return np.asarray(scaled)
@@ -380,13 +390,13 @@ def _check(encoder: Encoder) -> None:
     if len({column.name for column in encoder.columns}) != len(encoder.columns) or not used:
         raise ValueError("columns are named twice, or none is used")
     for column in encoder.columns:
-        if column.kind not in KINDS:
-            raise ValueError(f"column {column.name!r} is of kind {column.kind!r}")
+        if column.kind not in KINDS or (column.kind == "number" and column.form not in ("", *NUMBER_FORMS)):
+            raise ValueError(f"column {column.name!r} is of kind {column.kind!r}, form {column.form!r}")
     for n in encoder.numbers:
         parts = ("days", "month", "day", "weekday", "hour") if used[n.column].kind == "date" else ("value",)
         if (
             n.part not in parts
-            or not np.isfinite([n.median, n.mean, n.scale, *(n.tail or ())]).all()  # null is read as NaN
+            or not np.all(np.abs([n.median, n.mean, n.scale, *(n.tail or ())]) <= MOST)  # null is read as NaN
             or n.scale <= 0
             or (n.tail is not None and n.tail[1] <= 0)
             or used[n.column].kind == "category"

@@ -208,11 +208,11 @@ class Seen:
     def notes(self) -> tuple[str, ...]:
         """In sentences."""
         notes = [
-            f"{name!r}: {count} cells hold a category that the model has not seen; they count as none it knows."
+            f"{name!r}: cells with a category that the model has not seen, which counts as none it knows: {count}."
             for name, count in self.unseen.items()
         ]
         notes += [
-            f"{name!r}: {count} cells are missing, and none was in training; the column's middle stands in."
+            f"{name!r}: missing cells, which training had none of, count as the column's middle or no label: {count}."
             for name, count in self.gaps.items()
         ]
         return tuple(notes)

@@ -140,7 +140,7 @@ def _task(column: Column, values: np.ndarray, asked: str) -> tuple[Task, str]:
     name = column.name
     if asked != "auto":
         return cast(Task, asked), f"{asked.capitalize()} on {name!r}, as asked."
-    override = "Say so if it should be {} instead."
+    override = "If it should be {0}, give --task {0}."
     if column.kind != "number":
         return "classification", f"Classification: {name!r} holds {column.distinct} different labels."
     known = values[~np.isnan(values)]

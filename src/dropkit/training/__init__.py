@@ -5,7 +5,7 @@ from dropkit.training.fit import Fit, fit
 from dropkit.training.losses import bound_log_variance, categorical_nll, committee_nll, gaussian_nll
 from dropkit.training.network import GaussianHead, NetworkSpec, build_network
 from dropkit.training.records import Curve, Fold, Plan, Progress, StackResult, Trained
-from dropkit.training.search import Candidate, Search, TradeOff, Trial
+from dropkit.training.search import Candidate, Search, Trial
 from dropkit.training.stack import train_stack
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "Progress",
     "Search",
     "StackResult",
-    "TradeOff",
     "Trained",
     "Trial",
     "bound_log_variance",

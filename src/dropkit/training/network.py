@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import pairwise
@@ -119,9 +118,3 @@ def build_network(spec: NetworkSpec, location: float = 0.0, scale: float = 1.0) 
                 name  # as dropkit.nn.name_sites would; the rate search drew its masks under these names
             )
     return network
-
-
-def multiply_adds(spec: NetworkSpec) -> int:
-    """Multiplications (each with an addition) of one forward pass of one row."""
-    widths = spec.widths
-    return sum(math.prod(pair) for pair in pairwise(widths))

@@ -79,22 +79,6 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class TradeOff:
-    """The price and the gain of a rate: for each, the trial that validated best over the other choices.
-
-    Attributes:
-        rates: rising.
-        validation, standard_error, gap, epochs_to_converge: one for each rate, as in `Trial`.
-    """
-
-    rates: tuple[float, ...]
-    validation: tuple[float, ...]
-    standard_error: tuple[float, ...]
-    gap: tuple[float, ...]
-    epochs_to_converge: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Search:
     """What competed and what won.
 
@@ -119,21 +103,6 @@ class Search:
     operations: int
 
     @property
-    def trade_off(self) -> TradeOff:
-        """Gap and epochs against the hidden rate."""
-        rates = sorted({t.candidate.rate for t in self.trials})
-        best = [
-            min((t for t in self.trials if t.candidate.rate == r), key=lambda t: t.validation) for r in rates
-        ]
-        return TradeOff(
-            tuple(rates),
-            tuple(t.validation for t in best),
-            tuple(t.standard_error for t in best),
-            tuple(t.gap for t in best),
-            tuple(t.epochs_to_converge for t in best),
-        )
-
-    @property
     def verdict(self) -> str:
         """In words, whether dropout helped."""
         rates = self.chosen.rates_in_words
@@ -144,8 +113,9 @@ class Search:
             return f"{rates} was best of what had been reached when the search was stopped."
         if self.advantage <= 0:
             return (
-                f"No dropout validated better by {by}, which is within one standard error; {rates} "
-                "was taken, because a committee needs masks to tell what it does not know."
+                f"The best network without dropout validated better by {by}, which is within one standard error; "
+                f"{rates[0].lower()}{rates[1:]} was taken all the same, because a committee needs masks to tell what "
+                "it does not know."
             )
         doubt = ": within one standard error." if self.advantage <= self.advantage_error else "."
         return f"{rates} validated better than no dropout by {by}{doubt}"
