@@ -103,6 +103,15 @@ class TestCheckpointing:
                 model, lambda x: checkpoint(model, x, use_reentrant=reentrant), backward_inside=False
             )
 
+    def test_a_call_of_the_function_after_the_context_is_refused_too(self, reentrant):
+        linear = nn.Linear(8, 8)
+        last = nn.Linear(8, 8)
+        block = lambda x: last(dk.functional.dropout(linear(x), 0.5))  # noqa: E731
+        with pytest.raises(AddressError, match="Call backward\\(\\) inside the context"):
+            self.gradients(
+                linear, lambda x: checkpoint(block, x, use_reentrant=reentrant), backward_inside=False
+            )
+
     def test_a_layer_called_twice_is_refused_not_wrong(self, reentrant):
         layer, linear = dk.nn.Dropout(0.5), nn.Linear(8, 8)
         layer.site = "shared"

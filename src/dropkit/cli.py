@@ -176,15 +176,13 @@ def predict(
 def bench(
     rows: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[ROW]...", help="Rows of the table, or patterns such as call-*; all by default."
-        ),
+        typer.Argument(metavar="ROW", help="Rows of the table, or patterns such as call-*; all by default."),
     ] = None,
     threads: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Threads of torch, in place of those that each row asks for; repeatable."),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=5, help="Turns of each side, interleaved.")] = 21,
+    repeats: Annotated[int, typer.Option(min=6, help="Turns of each side, interleaved.")] = 21,
     slow: Annotated[bool, typer.Option("--slow", help="With the rows that take long to start.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of inputs, masks and the order of turns.")] = 0,
     out: Annotated[

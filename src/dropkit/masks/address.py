@@ -21,7 +21,7 @@ from dropkit.errors import AddressError
 from dropkit.masks.philox import WORD, philox_rounds
 
 SCHEME = 1  # a change of the way from address to bits is a new number; the old one stays
-# Purpose: which use of a site's bits. Bernoulli masks are NOISE; the other laws (see `noise.py`) have keys of their own.
+# Purpose: which use of a site's bits. Bernoulli masks are NOISE; the laws of `noise.py` have keys of their own.
 NOISE, UNIFORM, GAUSSIAN, EXACT = 1, 2, 3, 4
 
 SEEDS, STEPS, SAMPLES, MEMBERS = 1 << 64, 1 << 32, 1 << 40, 1 << 24
@@ -207,8 +207,10 @@ def current() -> masks | None:
     return _current.get()
 
 
-# Layers whose last mask came from a context: computed again outside of it, they would get another one.
-_addressed: WeakSet[Any] = WeakSet()
+# Layers, and names of calls of functions, whose last mask came from a context: computed again outside of it, they would
+# get another one.
+_addressed_layers: WeakSet[Any] = WeakSet()
+_addressed_calls: set[str] = set()
 
 
 def in_backward() -> bool:
@@ -229,19 +231,25 @@ def draw(owner: object | None = None, name: str | None = None, purpose: int = NO
     """
     context = current()
     if context is None:
-        if owner in _addressed:
+        is_layer = isinstance(owner, torch.nn.Module)
+        if owner in _addressed_layers if is_layer else (name or "") in _addressed_calls:
             if in_backward():
                 raise AddressError(
                     f"site {name or 'without a name'!r} is computed again in the backward pass after its masks(...) "
                     "context has ended, which would give it another mask. Call backward() inside the context."
                 )
-            _addressed.discard(owner)
+            if is_layer:
+                _addressed_layers.discard(owner)
+            else:
+                _addressed_calls.discard(name or "")
         # Drawn by torch, so that manual_seed, fork_rng and vmap(randomness=...) mean what they always mean.
         key = torch.randint(-(1 << 63), (1 << 63) - 1, ())
         return Draw(key, torch.tensor(0), None, 0, 0, batch_shared=False)
     key = torch.tensor(signed(site_key(context.seed, context._site(owner, name), purpose)))
     if isinstance(owner, torch.nn.Module):
-        _addressed.add(owner)
+        _addressed_layers.add(owner)
+    else:
+        _addressed_calls.add(name or "")
     member = context.member if isinstance(context.member, Tensor) else torch.tensor(context.member or 0)
     batch_shared = context.member is not None and context.samples is None
     return Draw(key, member, context.samples, context.step, context.row_offset, batch_shared)

@@ -21,7 +21,9 @@ from dropkit.masks.ops import dropout_cpu
 HEAD = 5  # key, member, step, row_offset, batch_shared; row ids follow where the context has them
 
 _library = torch.library.Library("dropkit", "FRAGMENT")
-_library.define("draw(str name, bool layer, int purpose=1) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_library.define(
+    "draw(str name, bool layer, int purpose=1) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
+)
 _library.define("dropout_at(Tensor x, Tensor address, Tensor p, int[] shared) -> Tensor")
 
 

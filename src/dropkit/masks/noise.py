@@ -1,7 +1,8 @@
 """Noise laws beside Bernoulli, in plain torch: uniform, Gaussian, and masks of an exact count.
 
-This is their definition; the kernels in `noise_cpu.py` translate it and agree bit for bit. Each law has a purpose of its
-own in the site's key (see `address.py`), and from there on the counters of `philox.py`. From address to noise (scheme 1):
+This is their definition; the kernels in `noise_cpu.py` translate it and agree bit for bit. Each law has a purpose of
+its own in the site's key (see `address.py`: uniform 2, Gaussian 3, exact 4), and from there on the counters of
+`philox.py`. From address to noise (scheme 1):
 
     word      element e of a sample's mask uses 32-bit word e % 4 of block e // 4, which is lanes 2e and 2e + 1
     uniform   v = (2 word + 1 - 2**32) / 2**32, symmetric in (-1, 1);  noise = sqrt(3) v
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,7 +67,7 @@ def _horner(coefficients: tuple[float, ...], z: Tensor) -> Tensor:
 
 
 def minus_two_log(word: Tensor) -> Tensor:
-    """-2 ln((2 word + 1) / 2**33), by u = 2**k m with m in [sqrt(1/2), sqrt(2)) and ln m = 2 atanh((m - 1) / (m + 1))."""
+    """-2 ln((2 word + 1) / 2**33): the argument is 2**k m, m in [sqrt(1/2), sqrt(2)); ln m = 2 atanh((m-1) / (m+1))."""
     bits = (2 * word + 1).double().view(torch.int64)
     exponent = (bits - SQRT_HALF_BITS) >> MANTISSA_BITS
     m = (bits - (exponent << MANTISSA_BITS)).view(torch.float64)
@@ -90,7 +92,8 @@ def cosine_and_sine(word: Tensor) -> tuple[Tensor, Tensor]:
 
 def gaussian(word: Tensor) -> Tensor:
     """Standard normal noise from pairs of words; (B, even) to the same shape, float64."""
-    radius = torch.sqrt(minus_two_log(word[..., 0::2]))
+    # NumPy's root: torch.sqrt may ask a vector library, of whose roots 1 % are not rounded as IEEE 754 has it.
+    radius = torch.from_numpy(np.sqrt(minus_two_log(word[..., 0::2]).numpy()))
     cosine, sine = cosine_and_sine(word[..., 1::2])
     return torch.stack([radius * cosine, radius * sine], dim=-1).flatten(-2)
 

@@ -41,7 +41,9 @@ def _uniform_batch(words: Array, noise: Array) -> None:
         noise[i] = np.float64(2 * np.int64(word[i]) + 1 - (1 << 32)) * 2.0**-32
 
 
-@njit(nogil=True, cache=True)
+@njit(
+    nogil=True, cache=True, error_model="numpy"
+)  # no check for a division by zero, which would stop the vectors
 def _radii(words: Array, radius: Array, exponent: Array) -> None:
     """sqrt of `noise.minus_two_log` of the lower words, into (PAIRS,) radius; exponent is scratch."""
     bits = radius.view(np.int64)
@@ -55,9 +57,10 @@ def _radii(words: Array, radius: Array, exponent: Array) -> None:
         m = radius[i]
         s = (m - 1.0) / (m + 1.0)
         z = s * s
-        total = ATANH[0]
-        for n in range(1, len(ATANH)):
-            total = total * z + ATANH[n]
+        # Written out, here and below: LLVM makes vectors of the outer loop where there is no inner one.
+        total = ((ATANH[0] * z + ATANH[1]) * z + ATANH[2]) * z + ATANH[3]
+        total = ((total * z + ATANH[4]) * z + ATANH[5]) * z + ATANH[6]
+        total = (total * z + ATANH[7]) * z + ATANH[8]
         radius[i] = np.sqrt(exponent[i] * TWO_LN_2 - 4.0 * (s + s * (z * total)))
 
 
@@ -70,11 +73,10 @@ def _gaussian_batch(words: Array, noise: Array, radius: Array, cosines: Array, s
         quarter = (word + (1 << 29)) >> 30
         angle = np.float64(word - (quarter << 30)) * QUARTER_TURN
         z = angle * angle
-        sine, cosine = SINE[0], COSINE[0]
-        for n in range(1, len(SINE)):
-            sine = sine * z + SINE[n]
-        for n in range(1, len(COSINE)):
-            cosine = cosine * z + COSINE[n]
+        sine = ((SINE[0] * z + SINE[1]) * z + SINE[2]) * z + SINE[3]
+        sine = ((sine * z + SINE[4]) * z + SINE[5]) * z + SINE[6]
+        cosine = ((COSINE[0] * z + COSINE[1]) * z + COSINE[2]) * z + COSINE[3]
+        cosine = (((cosine * z + COSINE[4]) * z + COSINE[5]) * z + COSINE[6]) * z + COSINE[7]
         sine = angle + angle * (z * sine)
         cosine = 1.0 + z * cosine
         odd = (quarter & 1) == 1
@@ -155,11 +157,13 @@ def word_rows(out: Array, key: np.uint64, member: np.uint64, samples: Array, ste
         out[begin : begin + length] = word[:length]
 
 
-def exact_keep_rows(key: int, member: int, samples: Array, step: int, width: int, drop: int) -> Array:
+def exact_keep_rows(
+    key: np.uint64, member: np.uint64, samples: Array, step: int, width: int, drop: int
+) -> Array:
     """`noise.exact_keep` without sorting: word and index make one number, and the drop-th smallest is the border.
 
     Args:
-        key, member: uint64.
+        key, member, step: the address.
         samples: (rows,) uint64.
 
     Returns:

@@ -40,6 +40,8 @@ _library.define("noise_at(Tensor x, Tensor address, Tensor p, int[] shared, str 
 def spread(p: float, law: str) -> float:
     """What a law's noise is multiplied with, so that the factor on x has mean 1 and variance p / (1 - p).
 
+    sqrt(p / (1 - p)) for Gaussian noise, sqrt(3 p / (1 - p)) for uniform noise v in (-1, 1), rounded in that order.
+
     Raises:
         ProbabilityError: p is outside [0, 1); at 1 the variance is infinite.
     """
@@ -160,7 +162,10 @@ class _Noise(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
         networks = [
-            [arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)]
+            [
+                arg.select(dim, i) if isinstance(arg, Tensor) and dim is not None else arg
+                for arg, dim in zip(args, in_dims, strict=True)
+            ]
             for i in range(info.batch_size)
         ]
         return torch.stack([noise(*network) for network in networks]), 0

@@ -21,14 +21,16 @@ LOWEST = _F(-87.0)  # exp(-87) = 1.6e-38 is the last normal number; below it the
 _LOG2E = _F(1 / math.log(2))
 _LN2_HIGH = _F(0.693359375)  # few bits, so that n * _LN2_HIGH is exact
 _LN2_LOW = _F(math.log(2) - 0.693359375)
-_ROUND = _F(1.5 * 2**23)  # y + _ROUND has no bits left for a fraction: its last bits are y rounded to an integer
+_ROUND = _F(
+    1.5 * 2**23
+)  # y + _ROUND has no bits left for a fraction: its last bits are y rounded to an integer
 _C2, _C3, _C4, _C5, _C6, _C7 = (_F(1 / math.factorial(k)) for k in range(2, 8))
 _LANES = 64
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
 def _exp_minus(row: Array, shift: np.float32) -> None:
-    """row = exp(row - shift), to within two units of the last place, for row <= shift (or a little above).
+    """row = exp(row - shift), to within one unit of the last place, for row <= shift (or a little above).
 
     exp(y) = 2**n exp(y - n log 2) with n = round(y / log 2); the second factor by its Taylor series, |r| <= 0.347.
     """

@@ -1,0 +1,187 @@
+"""The rows of the table: what is timed against what, and which figure is to be reached."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dropkit import functional
+from dropkit.bench.machine import compiler_missing
+from dropkit.bench.work import Function, Pair, against_multiply, attending, dropping
+from dropkit.errors import OptionError
+
+Measure = Literal["times faster", "of its time", "us more", "bytes kept"]
+Shape = tuple[int, ...]
+P = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        name: short, for the command line.
+        work: what is done.
+        peer: against what.
+        measure: which figure is judged: "times faster" (peer / ours, at least the target), "of its time"
+            (ours / peer, at most), "us more" (ours - peer in microseconds a call, at most), "bytes kept" (by ours
+            for the backward pass, an element of the input, at most).
+        target: the figure to reach.
+        threads: torch's threads; one result for each number.
+        shape: of the input.
+        small: a shape on which the check takes no time.
+        make: shape -> both sides.
+        missing: why it cannot run here; "" where it can.
+        slow: left out unless asked for.
+    """
+
+    name: str
+    work: str
+    peer: str
+    measure: Measure
+    target: float
+    threads: tuple[int, ...]
+    shape: Shape
+    small: Shape
+    make: Callable[[Shape], Pair]
+    missing: Callable[[], str] = str
+    slow: bool = False
+
+
+def ours(x: Tensor, shared: Sequence[int] = ()) -> Tensor:
+    """dropkit at the rate of all rows."""
+    return functional.dropout(x, P, shared=shared)
+
+
+def torch_dropout(x: Tensor) -> Tensor:
+    """torch, eager."""
+    return F.dropout(x, P)
+
+
+def torch_dropout2d(x: Tensor) -> Tensor:
+    """torch's channel dropout."""
+    return F.dropout2d(x, P)
+
+
+def broadcast(x: Tensor, shared: Sequence[int]) -> Tensor:
+    """What people write where torch has no layer: one small mask, multiplied."""
+    mask = x.new_empty([1 if dim in shared else size for dim, size in enumerate(x.shape)])
+    return x * mask.bernoulli_(1 - P).div_(1 - P)
+
+
+def timm_drop_path(x: Tensor) -> Tensor:
+    """timm's stochastic depth."""
+    result: Tensor = importlib.import_module("timm.layers").drop_path(x, P, training=True)
+    return result
+
+
+@lru_cache(maxsize=1)
+def compiled_dropout() -> Function:
+    """torch's dropout as its compiler writes it."""
+    return torch.compile(torch_dropout, fullgraph=True, dynamic=False)
+
+
+def compiled(x: Tensor) -> Tensor:
+    """torch's dropout, compiled when it is first called."""
+    return compiled_dropout()(x)
+
+
+def both_ways(peer: Function, dtype: torch.dtype = torch.float32) -> Callable[[Shape], Pair]:
+    """Elementwise dropout, forward and backward."""
+    return lambda shape: dropping(ours, peer, shape, P, dtype=dtype, backward=True)
+
+
+def sharing(dims: Shape, peer: Function | None = None) -> Callable[[Shape], Pair]:
+    """Dropout with a mask shared along dims, forward and backward."""
+    left, right = partial(ours, shared=dims), peer or partial(broadcast, shared=dims)
+    return lambda shape: dropping(left, right, shape, P, shared=dims, backward=True)
+
+
+def one_call(shape: Shape) -> Pair:
+    """Forward alone, of an input that requires gradients: what a call costs beside the elements."""
+    return dropping(ours, torch_dropout, shape, P, backward=False)
+
+
+def attention_rows(form: Any) -> tuple[Row, ...]:
+    """Attention with dropout, by `form`, which has the signature of torch's."""
+
+    def mine(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+        return form(q, k, v, dropout_p=p)
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+
+    rows = []
+    for name, shape in (("512", (4, 8, 512, 64)), ("2048", (1, 8, 2048, 64))):
+        work = f"attention, forward + backward, float32, {shape}"
+        both, alone = (
+            partial(lambda s, q: attending(mine, theirs, s, P, q), q=peer_p) for peer_p in (P, 0.0)
+        )
+        rows += [
+            Row(f"attention-{name}", work, "torch SDPA with dropout_p",
+                "times faster", 3, (2,), shape, (1, 2, 64, 16), both),
+            Row(f"attention-{name}-plain", work, "torch SDPA without dropout",
+                "of its time", 1.6, (2,), shape, (1, 2, 64, 16), alone),
+        ]  # fmt: skip
+    return tuple(rows)
+
+
+MILLION, SMALL = (1024, 1024), (64, 64)
+IMAGES, SMALL_IMAGES = (32, 64, 56, 56), (4, 8, 6, 6)
+WORDS, SMALL_WORDS = (32, 128, 512), (4, 8, 16)
+HAS_TIMM = find_spec("timm") is not None
+DROP_PATH = "timm.layers.drop_path" if HAS_TIMM else "the formula of timm's drop_path in torch"
+
+ROWS: tuple[Row, ...] = (
+    Row("forward-float32", "elementwise, forward, float32, 1 M", "torch dropout",
+        "times faster", 35, (1,), MILLION, SMALL,
+        lambda shape: dropping(ours, torch_dropout, shape, P, backward=False, grad=False)),
+    Row("train-float32", "elementwise, forward + backward, float32, 1 M", "torch dropout",
+        "times faster", 25, (1, 2), MILLION, SMALL, both_ways(torch_dropout)),
+    Row("train-bfloat16", "elementwise, forward + backward, bfloat16, 1 M", "torch dropout",
+        "times faster", 15, (1, 2), MILLION, SMALL, both_ways(torch_dropout, torch.bfloat16)),
+    Row("memory-bound", "elementwise, forward, float32, 16 M", "x * 2, out of place",
+        "of its time", 1.5, (1, 2), (4096, 4096), SMALL, lambda shape: against_multiply(ours, shape, P)),
+    *(Row(f"call-{n}", f"one call, forward with grad, float32, {n} element{'s' * (n > 1)}", "torch dropout",
+          "us more", 10, (1,), (1, n), (1, n), one_call) for n in (1, 10, 100, 1000)),
+    Row("compiled", "elementwise, forward + backward, float32, 1 M", "torch.compile of torch dropout",
+        "times faster", 10, (1, 2), MILLION, SMALL, both_ways(compiled), compiler_missing, slow=True),
+    Row("kept", "kept for backward, float32, 1 M", "torch dropout",
+        "bytes kept", 0, (1,), MILLION, SMALL, both_ways(torch_dropout)),
+    Row("channel", f"channel dropout, forward + backward, {IMAGES}", "torch dropout2d",
+        "times faster", 3, (1, 2), IMAGES, SMALL_IMAGES, sharing((2, 3), torch_dropout2d)),
+    Row("locked", f"locked dropout, forward + backward, {WORDS}", "a broadcast mask in torch",
+        "times faster", 3, (1, 2), WORDS, SMALL_WORDS, sharing((1,))),
+    Row("token", f"token dropout, forward + backward, {WORDS}", "a broadcast mask in torch",
+        "times faster", 3, (1, 2), WORDS, SMALL_WORDS, sharing((2,))),
+    Row("path", f"drop path, forward + backward, {IMAGES}", DROP_PATH,
+        "times faster", 3, (1, 2), IMAGES, SMALL_IMAGES,
+        sharing((1, 2, 3), timm_drop_path if HAS_TIMM else None)),
+    *(attention_rows(form) if (form := getattr(functional, "scaled_dot_product_attention", None)) else ()),
+)  # fmt: skip
+
+
+def choose(patterns: Sequence[str], rows: Sequence[Row] = ROWS) -> tuple[Row, ...]:
+    """The rows whose names fit one of the patterns, such as call-*; all without a pattern.
+
+    Raises:
+        OptionError: a pattern that fits no row.
+    """
+    for pattern in patterns:
+        if not fnmatch.filter([row.name for row in rows], pattern):
+            raise OptionError(
+                f"row {pattern!r} was given; the rows are {', '.join(row.name for row in rows)}. "
+                "A pattern such as 'call-*' names several."
+            )
+    return tuple(
+        row for row in rows if not patterns or any(fnmatch.fnmatchcase(row.name, p) for p in patterns)
+    )

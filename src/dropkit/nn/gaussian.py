@@ -1,0 +1,174 @@
+"""Multiplicative noise on single features, of the same variance as dropout: Gaussian and uniform."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dropkit.errors import check_probability
+from dropkit.masks import address, noise_ops
+from dropkit.masks.ops import normalise_shared
+from dropkit.nn.layer import StochasticLayer
+
+
+def _noisy(
+    law: str,
+    x: Tensor,
+    p: float | Tensor,
+    training: bool,
+    inplace: bool,
+    shared: Sequence[int],
+    site: str | None,
+    owner: object | None,
+) -> Tensor:
+    """One of the laws that multiply x, at the address of this call."""
+    if isinstance(p, Tensor):
+        rate = p.to(torch.float64)
+    else:
+        p = check_probability(p)
+        if law != "exact":
+            noise_ops.spread(p, law)  # refuses p = 1
+        rate = torch.tensor(p, dtype=torch.float64)
+    if not training:
+        return x
+    if torch.compiler.is_compiling():
+        dims = normalise_shared(shared, x.ndim)
+        result = noise_ops.compiled_noise(x, rate, dims, law, site, owner is not None)
+        return x.copy_(result) if inplace else result
+    where = address.draw(owner, site, noise_ops.PURPOSES[law])
+    if not isinstance(p, Tensor) and p == 0:
+        return x
+    dims = normalise_shared([*shared, *([0] if where.batch_shared and x.ndim else [])], x.ndim)
+    result = noise_ops.noise(
+        x, where.key, where.member, rate, where.samples, where.step, where.row_offset, dims, law
+    )
+    return x.copy_(result) if inplace else result
+
+
+def gaussian_dropout(
+    x: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    shared: Sequence[int] = (),
+    site: str | None = None,
+    owner: object | None = None,
+) -> Tensor:
+    """Multiply by Gaussian noise of mean 1 and the variance that dropout's mask has.
+
+    y[b, e] = x[b, e] * (1 + sqrt(p / (1 - p)) * eps[b, e]),    eps[b, e] ~ N(0, 1)
+
+    The noise is made in float64 by the method of Box and Muller from the bits of the address, the same to the last bit
+    on every machine; the factor is rounded to the dtype of x (float32 for half precision), then multiplied.
+
+    Args:
+        x: (B, *features), any floating or complex dtype; dim 0 counts the rows.
+        p: the rate of the dropout whose variance this has, in [0, 1); a number, or a 0-d tensor.
+        training: False gives x back.
+        inplace: write the result into x.
+        shared: dims along which one value serves all; with 0 among them, all rows.
+        site: name of this place in the model; by default its order in the pass.
+        owner: the layer that asks, which may ask more than once in a pass.
+
+    Returns:
+        (B, *features), dtype, device and memory format of x.
+
+    Raises:
+        ProbabilityError: p is outside [0, 1); at 1 the variance is infinite.
+        ShapeError: a shared dim that x does not have, or samples that are not one for each row.
+        AddressError: the same address was drawn twice in one `masks` context.
+
+    Source: Srivastava et al. 2014, JMLR 15, section 10 (there p is the chance to keep); Wang and Manning 2013, ICML.
+    """
+    return _noisy("gaussian", x, p, training, inplace, shared, site, owner)
+
+
+def uniform_dropout(
+    x: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    shared: Sequence[int] = (),
+    site: str | None = None,
+    owner: object | None = None,
+) -> Tensor:
+    """Multiply by uniform noise of mean 1 and the variance that dropout's mask has.
+
+    y[b, e] = x[b, e] * u[b, e],    u[b, e] ~ U(1 - w, 1 + w),    w = sqrt(3 p / (1 - p))
+
+    Above p = 1/4 the factor may be negative.
+
+    Args:
+        x, p, training, inplace, shared, site, owner: as in `gaussian_dropout`.
+
+    Returns:
+        (B, *features), dtype, device and memory format of x.
+
+    Raises:
+        ProbabilityError: p is outside [0, 1); at 1 the variance is infinite.
+        ShapeError: a shared dim that x does not have, or samples that are not one for each row.
+        AddressError: the same address was drawn twice in one `masks` context.
+
+    Source: the uniform case of multiplicative noise, Srivastava et al. 2014, JMLR 15, section 10.
+    """
+    return _noisy("uniform", x, p, training, inplace, shared, site, owner)
+
+
+def exact_dropout(
+    x: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    shared: Sequence[int] = (),
+    site: str | None = None,
+    owner: object | None = None,
+) -> Tensor:
+    """Drop exactly k = round(p n) of the n elements of each row's mask, and scale what stays so that the mean is kept.
+
+    y[b, e] = x[b, e] * keep[b, e] * n / (n - k),    keep[b] uniform over the masks with n - k ones
+
+    Every set of k elements is equally likely, so each element is dropped with chance k / n. A half is rounded to the
+    even number. With all dropped, the result is 0. A dropped NaN or infinity is 0, and its gradient is 0.
+
+    Args:
+        x, training, inplace, shared, site, owner: as in `gaussian_dropout`; n counts the elements of one row's mask,
+            so shared dims count once, and for a committee member the mask of all rows is one.
+        p: share to drop, in [0, 1]; a number, or a 0-d tensor.
+
+    Returns:
+        (B, *features), dtype, device and memory format of x.
+
+    Raises:
+        ProbabilityError: p is outside [0, 1].
+        ShapeError: a shared dim that x does not have, or samples that are not one for each row.
+        AddressError: the same address was drawn twice in one `masks` context.
+    """
+    return _noisy("exact", x, p, training, inplace, shared, site, owner)
+
+
+class GaussianDropout(StochasticLayer):
+    """Layer around `gaussian_dropout`; the identity while nobody asks for noise.
+
+    Args:
+        p: the rate of the dropout whose variance the noise has, in [0, 1).
+        inplace: write the result into the input.
+    """
+
+    def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
+        super().__init__()
+        self.p = check_probability(p)
+        noise_ops.spread(self.p, "gaussian")
+        self.inplace = inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *features) -> the same shape."""
+        return gaussian_dropout(x, self.p, self.active, self.inplace, site=self.site, owner=self)
+
+    def extra_repr(self) -> str:
+        """p and inplace, as torch.nn.Dropout shows them."""
+        return f"p={self.p}, inplace={self.inplace}"
