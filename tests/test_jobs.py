@@ -120,7 +120,9 @@ def test_the_columns_of_a_text_table_come_back_as_they_were_written(home, tmp_pa
         csv.writer(file).writerows(rows)
     summary = predict_table(home / "numbers", tmp_path / "t.csv", tmp_path / "p.csv")
     assert [row[:7] for row in read(tmp_path / "p.csv")] == rows
-    assert any("'colour': cells with a category that the model has not seen" in note for note in summary.notes)
+    assert any(
+        "'colour': cells with a category that the model has not seen" in note for note in summary.notes
+    )
 
 
 def test_the_numbers_of_a_parquet_table_come_back_to_the_last_digit(home, tmp_path):
