@@ -264,3 +264,16 @@ def test_errors_say_what_is_allowed():
         in_context(torch.ones(2, 2), (2,))
     with pytest.raises(ShapeError, match="3 sample ids were given for 2 rows"):
         in_context(torch.ones(2, 2), samples=torch.arange(3))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+@pytest.mark.parametrize("scale", [1.0, 65536 / 58982, 2.0, 1.01171875, 1e4])
+def test_every_bfloat16_is_scaled_in_float32_and_rounded_to_even_once(scale):
+    """All 65 536 values, NaN and infinities too; 1.01171875 makes ties, which few rates do."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16)
+    out, bits = np.empty(1 << 16, np.uint16), np.empty(8 * cpu.BATCH, np.uint32)
+    cpu._apply_bfloat16(every.numpy(), out, np.ones(1 << 16, np.uint16), 1, scale, bits)
+    expected = (every.view(torch.bfloat16).float() * torch.tensor(scale, dtype=torch.float32)).bfloat16()
+    got = torch.from_numpy(out).view(torch.bfloat16)
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got[~got.isnan()], expected[~expected.isnan()])

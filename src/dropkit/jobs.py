@@ -390,7 +390,7 @@ def _evaluate(
         held = evaluate_regression(
             y[test], prediction, calibration, level=LEVEL, row_numbers=test + 1, cells=cells
         )
-    splits = [Split(x[part], y[part]) for part in (fit.train_rows, fit.validation_rows, test)]
+    splits = [Split(x, y, part) for part in (fit.train_rows, fit.validation_rows, test)]
     return {
         "held_out": held,
         "members": spread_by_members(prediction),

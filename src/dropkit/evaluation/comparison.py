@@ -146,9 +146,7 @@ def compare(
         Competitor(name, what, against(own, measures), constant=name in (MEAN, COMMONEST))
         for name, what, measures in others
     ]
-    return Comparison(
-        tuple(lines), rows=len(test.y), training_rows=len(small), all_training_rows=learned_from
-    )
+    return Comparison(tuple(lines), rows=len(test), training_rows=len(small), all_training_rows=learned_from)
 
 
 def against(ours: Mapping[str, Measure], theirs: Mapping[str, Measure]) -> tuple[Score, ...]:
