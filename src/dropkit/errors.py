@@ -62,6 +62,8 @@ def check_probability(p: float, name: str = "p") -> float:
         ProbabilityError: p is not a number in [0, 1].
     """
     try:
+        if type(p).__name__ in ("bool", "bool_"):  # a switch in the place of a rate; numpy's too
+            raise TypeError
         value = float(p)
     except (TypeError, ValueError):
         raise ProbabilityError(f"{name}={p!r} was given; a probability is a number in [0, 1].") from None

@@ -11,7 +11,7 @@ from torch import Tensor
 from dropkit.errors import check_probability
 from dropkit.masks.philox import LANE_VALUES, survivor_scale
 from dropkit.nn.features import dropout
-from dropkit.nn.layer import StochasticLayer
+from dropkit.nn.layer import RateLayer
 
 # SELU's scale times alpha (Klambauer et al. 2017, eq. 14): it goes to minus this, and so does what is dropped.
 SATURATION = 1.0507009873554804934193349852946 * 1.6732632423543772848170429916717
@@ -124,7 +124,7 @@ def feature_alpha_dropout(
     return _alpha(x, p, training, inplace, True, site, owner)
 
 
-class AlphaDropout(StochasticLayer):
+class AlphaDropout(RateLayer):
     """Drop-in for torch.nn.AlphaDropout; the layer around `alpha_dropout`.
 
     Args:
@@ -132,21 +132,12 @@ class AlphaDropout(StochasticLayer):
         inplace: write the result into the input.
     """
 
-    def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
-        super().__init__()
-        self.p = check_probability(p)
-        self.inplace = inplace
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, *features) -> the same shape; the identity while nobody asks for noise."""
-        return alpha_dropout(x, self.p, self.active, self.inplace, site=self.site, owner=self)
-
-    def extra_repr(self) -> str:
-        """p and inplace, as torch.nn.AlphaDropout shows them."""
-        return f"p={self.p}, inplace={self.inplace}"
+        return alpha_dropout(x, self.rate, self.active, self.inplace, site=self.site, owner=self)
 
 
-class FeatureAlphaDropout(StochasticLayer):
+class FeatureAlphaDropout(RateLayer):
     """Drop-in for torch.nn.FeatureAlphaDropout; the layer around `feature_alpha_dropout`.
 
     Args:
@@ -154,15 +145,6 @@ class FeatureAlphaDropout(StochasticLayer):
         inplace: write the result into the input.
     """
 
-    def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
-        super().__init__()
-        self.p = check_probability(p)
-        self.inplace = inplace
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *space) -> the same shape; the identity while nobody asks for noise."""
-        return feature_alpha_dropout(x, self.p, self.active, self.inplace, site=self.site, owner=self)
-
-    def extra_repr(self) -> str:
-        """p and inplace, as torch.nn.FeatureAlphaDropout shows them."""
-        return f"p={self.p}, inplace={self.inplace}"
+        return feature_alpha_dropout(x, self.rate, self.active, self.inplace, site=self.site, owner=self)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from dropkit.errors import check_probability
-from dropkit.masks import address, compiled, ops
-from dropkit.nn.layer import StochasticLayer
+from dropkit.masks.laws import multiply
+from dropkit.nn.layer import RateLayer
 
 
 def dropout(
@@ -58,45 +57,20 @@ def dropout(
     rate = p if isinstance(p, Tensor) else check_probability(p)
     if not training:
         return x
-    if torch.compiler.is_compiling():
-        result = compiled.dropout(
-            x,
-            torch.as_tensor(rate, dtype=torch.float64),
-            ops.normalise_shared(shared, x.ndim),
-            site,
-            owner is not None,
-        )
-        return x.copy_(result) if inplace else result
-    where = address.draw(owner, site)
-    if not isinstance(rate, Tensor) and rate == 0:
-        return x  # as torch does; and under vmap a tensor that no mask touches stays unbatched
-    dims = set(shared) | ({0} if where.batch_shared and x.ndim else set())
-    result = ops.dropout(
-        x, where.key, where.member, rate, where.samples, where.step, where.row_offset,
-        ops.normalise_shared(sorted(dims), x.ndim),
-    )  # fmt: skip
+    result = multiply("bernoulli", x, rate, shared, site, owner)
     return x.copy_(result) if inplace else result
 
 
-class Dropout(StochasticLayer):
+class Dropout(RateLayer):
     """Drop-in for torch.nn.Dropout; the layer around `dropout`.
 
     Acts in training mode, and in evaluation when a committee member is asked for (`dk.masks(member=...)`).
 
     Args:
-        p: chance to drop, in [0, 1].
+        p: chance to drop, in [0, 1]: a number, a tensor that broadcasts against the input, or a schedule.
         inplace: write the result into the input.
     """
 
-    def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
-        super().__init__()
-        self.p = check_probability(p)
-        self.inplace = inplace
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, *features) -> the same shape; the identity while nobody asks for noise."""
-        return dropout(x, self.p, self.active, self.inplace, site=self.site, owner=self)
-
-    def extra_repr(self) -> str:
-        """p and inplace, as torch.nn.Dropout shows them."""
-        return f"p={self.p}, inplace={self.inplace}"
+        return dropout(x, self.rate, self.active, self.inplace, site=self.site, owner=self)

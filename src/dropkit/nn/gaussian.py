@@ -1,20 +1,20 @@
-"""Multiplicative noise on single features, of the same variance as dropout: Gaussian and uniform."""
+"""Other noise on single features: Gaussian and uniform of the variance that dropout has, and an exact count."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from dropkit.errors import check_probability
-from dropkit.masks import address, noise_ops
-from dropkit.masks.ops import normalise_shared
-from dropkit.nn.layer import StochasticLayer
+from dropkit.masks import noise_ops
+from dropkit.masks.laws import LawName, multiply
+from dropkit.nn.layer import RateLayer
+from dropkit.nn.schedules import Schedule
 
 
 def _noisy(
-    law: str,
+    law: LawName,
     x: Tensor,
     p: float | Tensor,
     training: bool,
@@ -24,26 +24,13 @@ def _noisy(
     owner: object | None,
 ) -> Tensor:
     """One of the laws that multiply x, at the address of this call."""
-    if isinstance(p, Tensor):
-        rate = p.to(torch.float64)
-    else:
+    if not isinstance(p, Tensor):
         p = check_probability(p)
         if law != "exact":
             noise_ops.spread(p, law)  # refuses p = 1
-        rate = torch.tensor(p, dtype=torch.float64)
     if not training:
         return x
-    if torch.compiler.is_compiling():
-        dims = normalise_shared(shared, x.ndim)
-        result = noise_ops.compiled_noise(x, rate, dims, law, site, owner is not None)
-        return x.copy_(result) if inplace else result
-    where = address.draw(owner, site, noise_ops.PURPOSES[law])
-    if not isinstance(p, Tensor) and p == 0:
-        return x
-    dims = normalise_shared([*shared, *([0] if where.batch_shared and x.ndim else [])], x.ndim)
-    result = noise_ops.noise(
-        x, where.key, where.member, rate, where.samples, where.step, where.row_offset, dims, law
-    )
+    result = multiply(law, x, p, shared, site, owner)
     return x.copy_(result) if inplace else result
 
 
@@ -151,7 +138,7 @@ def exact_dropout(
     return _noisy("exact", x, p, training, inplace, shared, site, owner)
 
 
-class GaussianDropout(StochasticLayer):
+class GaussianDropout(RateLayer):
     """Layer around `gaussian_dropout`; the identity while nobody asks for noise.
 
     Args:
@@ -159,16 +146,42 @@ class GaussianDropout(StochasticLayer):
         inplace: write the result into the input.
     """
 
-    def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
-        super().__init__()
-        self.p = check_probability(p)
-        noise_ops.spread(self.p, "gaussian")
-        self.inplace = inplace
+    def __init__(self, p: float | Schedule = 0.5, inplace: bool = False) -> None:
+        super().__init__(p, inplace)
+        for rate in p.rates if isinstance(p, Schedule) else (p,):
+            noise_ops.spread(rate, "gaussian")
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *features) -> the same shape."""
-        return gaussian_dropout(x, self.p, self.active, self.inplace, site=self.site, owner=self)
+        return gaussian_dropout(x, self.rate, self.active, self.inplace, site=self.site, owner=self)
 
-    def extra_repr(self) -> str:
-        """p and inplace, as torch.nn.Dropout shows them."""
-        return f"p={self.p}, inplace={self.inplace}"
+
+class UniformDropout(RateLayer):
+    """Layer around `uniform_dropout`; the identity while nobody asks for noise.
+
+    Args:
+        p: the rate of the dropout whose variance the noise has, in [0, 1).
+        inplace: write the result into the input.
+    """
+
+    def __init__(self, p: float | Schedule = 0.5, inplace: bool = False) -> None:
+        super().__init__(p, inplace)
+        for rate in p.rates if isinstance(p, Schedule) else (p,):
+            noise_ops.spread(rate, "uniform")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *features) -> the same shape."""
+        return uniform_dropout(x, self.rate, self.active, self.inplace, site=self.site, owner=self)
+
+
+class ExactDropout(RateLayer):
+    """Layer around `exact_dropout`: exactly round(p n) of a row's n elements fall.
+
+    Args:
+        p: share to drop, in [0, 1].
+        inplace: write the result into the input.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *features) -> the same shape."""
+        return exact_dropout(x, self.rate, self.active, self.inplace, site=self.site, owner=self)

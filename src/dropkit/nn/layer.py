@@ -1,11 +1,37 @@
-"""What all dropout layers share: when they act, and under which name they draw."""
+"""What all dropout layers share: when they act, at which rate, and under which name they draw."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from abc import abstractmethod
 
+import torch
+from torch import Tensor, nn
+
+from dropkit.errors import AddressError, ProbabilityError, check_probability
 from dropkit.masks import address
+from dropkit.nn.schedules import Schedule
+
+Rate = float | Tensor | Schedule
+
+
+def check_rate(p: float | Tensor) -> float | Tensor:
+    """Return a number as a float, and a tensor of chances as it is.
+
+    Raises:
+        ProbabilityError: a value outside [0, 1], or a tensor of whole numbers or switches.
+    """
+    if not isinstance(p, Tensor) or p.ndim == 0:
+        return check_probability(p)  # type: ignore[arg-type]
+    if not p.is_floating_point():
+        raise ProbabilityError(
+            f"p of dtype {p.dtype} was given; chances are floating-point numbers in [0, 1]."
+        )
+    if p.numel() and not bool(((p >= 0) & (p <= 1)).all()):  # stated as what is allowed, so NaN fails too
+        raise ProbabilityError(
+            f"p from {p.min().item()} to {p.max().item()} was given; every chance lies in [0, 1]. "
+            "Give chances to drop, not to keep."
+        )
+    return p
 
 
 class StochasticLayer(nn.Module):
@@ -29,6 +55,55 @@ class StochasticLayer(nn.Module):
             return self.training
         context = address.current()
         return context is not None and context.member is not None
+
+
+class RateLayer(StochasticLayer):
+    """Parent of the layers that have one rate; never built itself.
+
+    Args:
+        p: chance to drop, in [0, 1]: a number, a tensor that broadcasts against the mask (one rate for each feature,
+            or sample), or a `Schedule` of the step.
+        inplace: write the result into the input.
+    """
+
+    p: Rate
+
+    def __init__(self, p: Rate = 0.5, inplace: bool = False) -> None:
+        super().__init__()
+        rate = p if isinstance(p, Schedule) else check_rate(p)
+        if isinstance(rate, Tensor):
+            self.register_buffer("p", rate, persistent=False)  # moves with the model, adds no key
+        else:
+            self.p = rate
+        self.inplace = inplace
+
+    @property
+    def rate(self) -> float | Tensor:
+        """p, or what its schedule says: in training at the step of the open context, for a committee its last word.
+
+        Raises:
+            AddressError: p is a schedule, and no context says which step this is.
+        """
+        if not isinstance(self.p, Schedule):
+            return self.p
+        if not self.training:
+            return self.p.final
+        context = address.current()
+        if context is None:
+            raise AddressError(
+                f"{type(self).__name__} has a scheduled rate, and no masks(...) context says which step this is. "
+                "Open one for each step: with dropkit.masks(seed=..., step=...)."
+            )
+        return self.p(context.step)
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *features) -> what the layer's function makes of it; the identity while nobody asks for noise."""
+
+    def extra_repr(self) -> str:
+        """p and inplace, as torch.nn.Dropout shows them."""
+        p = f"tensor of {tuple(self.p.shape)}" if isinstance(self.p, Tensor) and self.p.ndim else self.p
+        return f"p={p}, inplace={self.inplace}"
 
 
 def name_sites(model: nn.Module) -> tuple[str, ...]:
