@@ -268,11 +268,15 @@ def test_errors_say_what_is_allowed():
 
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.parametrize("scale", [1.0, 65536 / 58982, 2.0, 1.01171875, 1e4])
-def test_every_bfloat16_is_scaled_in_float32_and_rounded_to_even_once(scale):
+@pytest.mark.parametrize("masked", [True, False])
+def test_every_bfloat16_is_scaled_in_float32_and_rounded_to_even_once(scale, masked):
     """All 65 536 values, NaN and infinities too; 1.01171875 makes ties, which few rates do."""
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16)
-    out, bits = np.empty(1 << 16, np.uint16), np.empty(8 * cpu.BATCH, np.uint32)
-    cpu._apply_bfloat16(every.numpy(), out, np.ones(1 << 16, np.uint16), 1, scale, bits)
+    out = np.empty(1 << 16, np.uint16)
+    if masked:
+        cpu._apply(every.numpy(), out, np.ones(1 << 16, np.uint16), 1, scale)
+    else:
+        cpu._scale(every.numpy(), out, scale)
     expected = (every.view(torch.bfloat16).float() * torch.tensor(scale, dtype=torch.float32)).bfloat16()
     got = torch.from_numpy(out).view(torch.bfloat16)
     assert torch.equal(got.isnan(), expected.isnan())

@@ -87,7 +87,7 @@ def test_a_step_is_that_of_the_plain_module_with_its_own_dropout_layers():
 def test_the_noise_of_a_stack_is_that_of_the_layers():
     rows = torch.tensor([[5, 900, 3], [7, 5, 1 << 33]])
     rates = torch.tensor([0.25, 0.6], dtype=torch.float64)
-    key = site_draw("dropout1", seed=11).key[None]
+    key = site_draw("dropout1", seed=11).tensors()[0][None]
     noise = training_noise(rates, rows, 20, key=key, step=4)
     for k in range(2):
         with dk.masks(seed=11, step=4, samples=rows[k]):

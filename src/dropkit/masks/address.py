@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -27,25 +26,34 @@ NOISE, UNIFORM, GAUSSIAN, EXACT = 1, 2, 3, 4
 SEEDS, STEPS, SAMPLES, MEMBERS = 1 << 64, 1 << 32, 1 << 40, 1 << 24
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):  # of which one is made in every call, in a third of a dataclass's time
     """One draw of a site, ready for a kernel.
 
     Attributes:
-        key: () int64, the site's 64 bits; batched where torch.func.vmap draws different masks.
-        member: () int64, may be batched by torch.func.vmap.
+        key: the site's 64 bits, as a signed number; a () int64 tensor where a transform or a mode of torch is at work,
+            batched where torch.func.vmap draws different masks.
+        member: a number, or a () int64 tensor, which torch.func.vmap may have batched.
         samples: (B,) int64 row ids, or None: row i is `row_offset + i`.
         step: the optimizer step.
         row_offset: id of the first row where samples is None.
         batch_shared: one mask for all rows (a committee member), sample 0.
     """
 
-    key: Tensor
-    member: Tensor
+    key: int | Tensor
+    member: int | Tensor
     samples: Tensor | None
     step: int
     row_offset: int
     batch_shared: bool
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Key and member as () int64 tensors."""
+        return as_int64(self.key), as_int64(self.member)
+
+
+def as_int64(value: int | Tensor) -> Tensor:
+    """A signed number as a () tensor on the CPU; a tensor as it is."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int64, device="cpu")
 
 
 def site_hash(name: str, call: int = 0) -> int:
@@ -243,13 +251,14 @@ def draw(owner: object | None = None, name: str | None = None, purpose: int = NO
             else:
                 _addressed_calls.discard(name or "")
         # Drawn by torch, so that manual_seed, fork_rng and vmap(randomness=...) mean what they always mean.
-        key = torch.randint(-(1 << 63), (1 << 63) - 1, ())
-        return Draw(key, torch.tensor(0), None, 0, 0, batch_shared=False)
-    key = torch.tensor(signed(site_key(context.seed, context._site(owner, name), purpose)))
+        drawn = torch.randint(-(1 << 63), (1 << 63) - 1, (), device="cpu")
+        plain = type(drawn) is Tensor and not torch._C._are_functorch_transforms_active()
+        return Draw(int(drawn) if plain else drawn, 0, None, 0, 0, batch_shared=False)
+    key = signed(site_key(context.seed, context._site(owner, name), purpose))
     if isinstance(owner, torch.nn.Module):
         _addressed_layers.add(owner)
     else:
         _addressed_calls.add(name or "")
-    member = context.member if isinstance(context.member, Tensor) else torch.tensor(context.member or 0)
+    member = 0 if context.member is None else context.member
     batch_shared = context.member is not None and context.samples is None
     return Draw(key, member, context.samples, context.step, context.row_offset, batch_shared)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from dropkit.masks import address
-from dropkit.masks.ops import dropout_cpu
 
 HEAD = 5  # key, member, step, row_offset, batch_shared; row ids follow where the context has them
 
@@ -36,9 +35,8 @@ def _draw(name: str, layer: bool, purpose: int = address.NOISE) -> Tensor:
         purpose: which use of the site's bits.
     """
     where = address.draw(sys.intern(name) if layer and name else None, name or None, purpose)
-    head = torch.stack(
-        (where.key, where.member, *map(torch.tensor, (where.step, where.row_offset, int(where.batch_shared))))
-    )
+    numbers = (where.step, where.row_offset, int(where.batch_shared))
+    head = torch.stack((*where.tensors(), *map(address.as_int64, numbers)))
     return head if where.samples is None else torch.cat((head, where.samples))
 
 
@@ -50,7 +48,8 @@ def _dropout_at(x: Tensor, address: Tensor, p: Tensor, shared: Sequence[int]) ->
     step, row_offset, batch_shared = address[2:HEAD].tolist()
     samples = address[HEAD:] if len(address) > HEAD else None
     dims = (0, *shared) if batch_shared and x.ndim and 0 not in shared else shared
-    return dropout_cpu(x, address[0], address[1], p, samples, step, row_offset, dims)
+    # By way of the operator, which has a kernel for the device of x.
+    return torch.ops.dropkit.dropout(x, address[0], address[1], p, samples, step, row_offset, dims)
 
 
 def _dropout_at_fake(x: Tensor, address: Tensor, p: Tensor, shared: Sequence[int]) -> Tensor:
@@ -68,7 +67,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _library.impl("draw", _draw, "CompositeExplicitAutograd")
-_library.impl("dropout_at", _dropout_at, "CPU")
+_library.impl("dropout_at", _dropout_at, "CompositeExplicitAutograd")
 torch.library.register_fake("dropkit::draw", _draw_fake, lib=_library)
 torch.library.register_fake("dropkit::dropout_at", _dropout_at_fake, lib=_library)
 torch.library.register_autograd("dropkit::dropout_at", _backward, setup_context=_save_address, lib=_library)

@@ -16,20 +16,26 @@ applies in contiguous slices.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from numba import carray, njit, types
+from numba.extending import intrinsic
 
 from dropkit.masks.philox import LANES, MULTIPLIER_0, MULTIPLIER_1, REFINE, ROUNDS, WEYL_0, WEYL_1, WORD
 
 Array = np.ndarray[Any, Any]
 
-BATCH = 64  # counters drawn at a time: their words fill a few vector registers, their lanes 1 KiB
+BATCH = (
+    128  # counters drawn at a time: their lanes, 2 KiB, and what they are applied to stay in the first cache
+)
 PARALLEL_ELEMENTS = 1 << 17  # below this a second thread costs more than it brings (about 40 us to wake it)
 EVERYTHING = 1 << 16  # the threshold that drops every lane
 
@@ -39,11 +45,33 @@ _M0, _M1, _W0, _W1 = _U(MULTIPLIER_0), _U(MULTIPLIER_1), _U(WEYL_0), _U(WEYL_1)
 _REFINE = _U(REFINE)
 
 
+def _cast(operation: str, result: Any, given: Any = None) -> Any:
+    """An LLVM cast that numba has no word for, as a function for kernels."""
+
+    def typed(_: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return getattr(builder, operation)(arguments[0], context.get_value_type(signature.return_type))
+
+        return result(given or value), generate
+
+    return intrinsic(typed)
+
+
+_pointer = _cast(
+    "inttoptr", types.voidptr
+)  # a number as what `carray` takes: passing arrays costs a call more
+_as_float = _cast("bitcast", types.float32, types.uint32)
+_as_bits = _cast("bitcast", types.uint32, types.float32)
+
+
 @njit(nogil=True, cache=True, inline="never")
 def _philox_batch(
     block: Array, sample: Array, key: np.uint64, member: np.uint64, step: np.uint64, words: Array
 ) -> None:
-    """Fill `words` (2 BATCH,) uint64 with the blocks of BATCH counters, two 64-bit words each."""
+    """Fill `words` (2 BATCH,) uint64 with the blocks of BATCH counters, two 64-bit words each.
+
+    Upper halves are left dirty until the end: the vector multiply reads the lower ones alone.
+    """
     for i in range(BATCH):
         c0 = block[i]
         c1 = sample[i] & _WORD
@@ -51,14 +79,34 @@ def _philox_batch(
         c3 = (sample[i] >> _HALF) | (member << _U(8))
         k0, k1 = key & _WORD, key >> _HALF
         for _ in range(ROUNDS):
-            product_0, product_1 = c0 * _M0, c2 * _M1
+            product_0, product_1 = (c0 & _WORD) * _M0, (c2 & _WORD) * _M1
             c0 = (product_1 >> _HALF) ^ c1 ^ k0
-            c1 = product_1 & _WORD
+            c1 = product_1
             c2 = (product_0 >> _HALF) ^ c3 ^ k1
-            c3 = product_0 & _WORD
-            k0, k1 = (k0 + _W0) & _WORD, (k1 + _W1) & _WORD
-        words[2 * i] = c0 | (c1 << _HALF)
-        words[2 * i + 1] = c2 | (c3 << _HALF)
+            c3 = product_0
+            k0, k1 = k0 + _W0, k1 + _W1
+        words[2 * i] = (c0 & _WORD) | (c1 << _HALF)
+        words[2 * i + 1] = (c2 & _WORD) | (c3 << _HALF)
+
+
+@njit(nogil=True, cache=True, inline="never")
+def _philox_run(
+    first: int, sample: np.uint64, key: np.uint64, member: np.uint64, step: np.uint64, words: Array
+) -> None:
+    """`_philox_batch` for the blocks `first`, first + 1, ... of one sample, whose first rounds share much."""
+    s1, s3 = sample & _WORD, (sample >> _HALF) | (member << _U(8))
+    for i in range(BATCH):
+        c0, c1, c2, c3 = _U(first + i), s1, step, s3
+        k0, k1 = key & _WORD, key >> _HALF
+        for _ in range(ROUNDS):
+            product_0, product_1 = (c0 & _WORD) * _M0, (c2 & _WORD) * _M1
+            c0 = (product_1 >> _HALF) ^ c1 ^ k0
+            c1 = product_1
+            c2 = (product_0 >> _HALF) ^ c3 ^ k1
+            c3 = product_0
+            k0, k1 = k0 + _W0, k1 + _W1
+        words[2 * i] = (c0 & _WORD) | (c1 << _HALF)
+        words[2 * i + 1] = (c2 & _WORD) | (c3 << _HALF)
 
 
 @njit(nogil=True, cache=True)
@@ -69,67 +117,64 @@ def _dropped_by_refinement(lane: Array, second: Array, fine: int) -> None:
 
 
 @njit(nogil=True, cache=True)
+def _round_to_bfloat16(bits: np.uint32) -> np.uint16:
+    """The bits of a float32, rounded to those of the nearest bfloat16, a half to even; a NaN stays one."""
+    even = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = (bits + np.uint32(0x7FFF) + even) >> np.uint32(16)
+    quiet = (bits >> np.uint32(16)) | np.uint32(0x40)  # rounding could carry a NaN over to infinity
+    return np.uint16(quiet if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded)
+
+
+@njit(nogil=True, cache=True)
+def _scale(x: Array, out: Array, scale: float) -> None:
+    """out = x * scale; bfloat16, as its bits in uint16, in float32 and rounded once."""
+    if x.itemsize == 2:
+        factor = np.float32(scale)
+        for i in range(len(x)):
+            out[i] = _round_to_bfloat16(_as_bits(_as_float(np.uint32(x[i]) << np.uint32(16)) * factor))
+    else:
+        same = x.dtype.type(scale)
+        for i in range(len(x)):
+            out[i] = x[i] * same
+
+
+@njit(nogil=True, cache=True)
 def _apply(x: Array, out: Array, lane: Array, t: int, scale: float) -> None:
-    """out = x * scale where lane >= t, else 0: a dropped NaN or infinity is 0."""
-    zero, factor = x.dtype.type(0), x.dtype.type(scale)
-    if t == 0:
+    """out = x * scale where lane >= t, else 0: a dropped NaN or infinity is 0. bfloat16 as in `_scale`."""
+    limit = lane.dtype.type(t)
+    if x.itemsize == 2:
+        factor = np.float32(scale)
         for i in range(len(x)):
-            out[i] = x[i] * factor
+            value = _round_to_bfloat16(_as_bits(_as_float(np.uint32(x[i]) << np.uint32(16)) * factor))
+            out[i] = value if lane[i] >= limit else np.uint16(0)
     else:
-        limit = np.uint16(t)
+        zero, same = x.dtype.type(0), x.dtype.type(scale)
         for i in range(len(x)):
-            out[i] = x[i] * factor if lane[i] >= limit else zero
+            value = x[i] * same
+            out[i] = value if lane[i] >= limit else zero
 
 
 @njit(nogil=True, cache=True)
-def _apply_bfloat16(x: Array, out: Array, lane: Array, t: int, scale: float, bits: Array) -> None:
-    """`_apply` to bfloat16, given as its bits: widened to float32, multiplied, and rounded to even once.
+def _counters(first: int, per_row: int, ids: Array, offset: int, block: Array, sample: Array) -> None:
+    """Block index and sample id of the BATCH blocks that begin at `first`; those past the end are not used.
 
-    Args:
-        x, out: uint16.
-        bits: (at least BATCH LANES,) uint32, room to work in.
+    Without ids (an empty array) row b has the id offset + b.
     """
-    values, factor = bits.view(np.float32), np.float32(scale)
-    for begin in range(0, len(x), BATCH * LANES):
-        n = min(len(x) - begin, BATCH * LANES)
-        source, target = x[begin : begin + n], out[begin : begin + n]
-        for i in range(n):
-            bits[i] = np.uint32(source[i]) << np.uint32(16)
-        for i in range(n):
-            values[i] = values[i] * factor
-        for i in range(n):
-            word = bits[i]
-            even = (word >> np.uint32(16)) & np.uint32(1)
-            rounded = (word + np.uint32(0x7FFF) + even) >> np.uint32(16)
-            quiet = (word >> np.uint32(16)) | np.uint32(0x40)  # rounding could carry a NaN over to infinity
-            bits[i] = quiet if (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded
-        if t == 0:
-            for i in range(n):
-                target[i] = np.uint16(bits[i])
-        else:
-            decides = lane[begin : begin + n]
-            for i in range(n):
-                target[i] = np.uint16(bits[i]) if decides[i] >= t else np.uint16(0)
-
-
-@njit(nogil=True, cache=True)
-def _counters(first: int, per_row: int, ids: Array, block: Array, sample: Array) -> None:
-    """Block index and sample id of the BATCH blocks that begin at `first`; those past the end are not used."""
     b, j = first // per_row, first % per_row
-    if j + BATCH <= per_row:  # all in one row
-        for i in range(BATCH):
-            block[i] = _U(j + i)
-        sample[:] = ids[b]
-    elif per_row == 1 and b + BATCH <= len(ids):  # a row each
+    last = len(ids) - 1
+    if per_row == 1:  # a row each
         block[:] = _U(0)
-        sample[:] = ids[b : b + BATCH]
-    else:
-        last = len(ids) - 1
         for i in range(BATCH):
-            block[i], sample[i] = _U(j), ids[min(b, last)]
-            j += 1
-            if j == per_row:
-                b, j = b + 1, 0
+            sample[i] = _U(offset + b + i) if last < 0 else ids[min(b + i, last)]
+        return
+    i = 0
+    while i < BATCH:
+        stop = min(i + per_row - j, BATCH)
+        row_id = _U(offset + b) if last < 0 else ids[min(b, last)]
+        for k in range(i, stop):
+            block[k] = _U(j + k - i)
+            sample[k] = row_id
+        b, j, i = b + 1, 0, stop
 
 
 @njit(nogil=True, cache=True)
@@ -140,6 +185,11 @@ def _compact(lane: Array, first: int, last: int, per_row: int, width: int) -> in
     """
     if width % LANES == 0:
         return (last - first) * LANES
+    if per_row == 1:
+        for i in range(last - first):
+            for k in range(width):
+                lane[i * width + k] = lane[i * LANES + k]
+        return (last - first) * width
     length, source, j = 0, 0, first % per_row
     while first < last:
         count = min(last - first, per_row - j)
@@ -156,8 +206,8 @@ def _compact(lane: Array, first: int, last: int, per_row: int, width: int) -> in
 
 @njit(nogil=True, cache=True)
 def dropout_rows(
-    x: Array, x_group: int, x_replica: int, out: Array, keys: Array, members: Array, samples: Array, step: int,
-    t: Array, fine: Array, scale: Array, rows: int, width: int, start: int, stop: int,
+    x: Array, x_group: int, x_replica: int, out: Array, keys: Array, members: Array, samples: Array, offset: int,
+    step: int, t: Array, fine: Array, scale: Array, rows: int, width: int, start: int, stop: int,
 ) -> None:  # fmt: skip
     """Elementwise dropout of the blocks `start` to `stop` of every group.
 
@@ -165,7 +215,8 @@ def dropout_rows(
         x: flat input; group a, replica r, row b begins at a x_group + r x_replica + b width.
         out: flat output, (A, R, rows, width).
         keys, members: (A,) uint64.
-        samples: (A or 1, rows) uint64.
+        samples: (A or 1, rows) uint64, or (1, 0): row b has the id offset + b.
+        offset: see samples.
         step: one number for all.
         t, fine, scale: (A, R).
         rows, width: B and the elements of a row.
@@ -176,15 +227,19 @@ def dropout_rows(
     block, sample = np.empty(BATCH, np.uint64), np.empty(BATCH, np.uint64)
     words, second = np.empty(2 * BATCH, np.uint64), np.empty(2 * BATCH, np.uint64)
     lane, second_lane = words.view(np.uint16), second.view(np.uint16)
-    plain, bits = np.empty(LANES * BATCH, np.uint16), np.empty(LANES * BATCH, np.uint32)
-    bfloat16 = x.itemsize == 2
+    plain = np.empty(LANES * BATCH, np.uint16)
     for a in range(groups):
         ids = samples[min(a, len(samples) - 1)]
         refined = fine[a].max() > 0
         for first in range(start, stop, BATCH):
             last = min(first + BATCH, stop)
-            _counters(first, per_row, ids, block, sample)
-            _philox_batch(block, sample, keys[a], members[a], _U(step), words)
+            if first % per_row + BATCH <= per_row and not refined:  # all in one row
+                b = first // per_row
+                row_id = ids[b] if len(ids) > 0 else _U(offset + b)
+                _philox_run(first % per_row, row_id, keys[a], members[a], _U(step), words)
+            else:
+                _counters(first, per_row, ids, offset, block, sample)
+                _philox_batch(block, sample, keys[a], members[a], _U(step), words)
             length = _compact(lane, first, last, per_row, width)
             if refined:
                 for i in range(BATCH):
@@ -200,15 +255,57 @@ def dropout_rows(
                     use, limit = plain, 1
                 at = (a * replicas + r) * rows * width + begin
                 target = out[at : at + length]
+                at = a * x_group + r * x_replica + begin
+                source = x[at : at + length]
                 if limit >= EVERYTHING:
                     target[:] = 0
+                elif limit == 0:
+                    _scale(source, target, scale[a, r])
                 else:
-                    at = a * x_group + r * x_replica + begin
-                    source = x[at : at + length]
-                    if bfloat16:
-                        _apply_bfloat16(source, target, use[:length], limit, scale[a, r], bits)
-                    else:
-                        _apply(source, target, use[:length], limit, scale[a, r])
+                    _apply(source, target, use[:length], limit, scale[a, r])
+
+
+def _door(dtype: Any) -> Any:
+    """`dropout_rows` of one x, from numbers alone, in one dtype of x."""
+
+    @njit(nogil=True, cache=True)
+    def dropout_elements(
+        x: int, out: int, rows: int, width: int, key: int, member: int, samples: int, offset: int, step: int, t: int,
+        fine: int, scale: float, start: int, stop: int,
+    ) -> None:  # fmt: skip
+        source, target = carray(_pointer(x), rows * width, dtype), carray(_pointer(out), rows * width, dtype)
+        ids = carray(_pointer(samples), (1, rows if samples != 0 else 0), np.uint64)
+        keys, members = np.array([_U(key)]), np.array([_U(member)])
+        limits, fines, scales = np.array([[t]]), np.array([[fine]]), np.array([[scale]])
+        dropout_rows(
+            source,
+            0,
+            0,
+            target,
+            keys,
+            members,
+            ids,
+            offset,
+            step,
+            limits,
+            fines,
+            scales,
+            rows,
+            width,
+            start,
+            stop,
+        )
+
+    return dropout_elements
+
+
+# By dtype: dropout of x at one address, given where x, the result and the ids (0 for none) lie in memory. A call
+# takes 1 us, half of it the allocations; with arrays it takes 5.
+DOORS = {
+    torch.float32: _door(np.float32),
+    torch.float64: _door(np.float64),
+    torch.bfloat16: _door(np.uint16),
+}
 
 
 @njit(nogil=True, cache=True)
@@ -228,7 +325,6 @@ def dropout_shared(
     """
     n0, n1, n2, n3 = sizes[0], sizes[1], sizes[2], sizes[3]
     slice_size = n1 * n2 * n3
-    bits, bfloat16 = np.empty(LANES * BATCH, np.uint32), x.itemsize == 2
     for index in range(start, stop):
         i0 = index % n0
         b = (index // n0) % rows
@@ -242,16 +338,27 @@ def dropout_shared(
                 m = i0 * strides[0] + i1 * strides[1] + i2 * strides[2]
                 at = (i1 * n2 + i2) * n3
                 source, target = x[x_row + at : x_row + at + n3], out[out_row + at : out_row + at + n3]
-                line, t = mask[m : m + n3], 1  # keep is 0 or 1
-                if strides[3] == 0:  # one decision for the whole line
-                    line, t = mask, 0
-                    if not mask[m]:
-                        target[:] = 0
-                        continue
-                if bfloat16:
-                    _apply_bfloat16(source, target, line, t, scale[ar], bits)
+                if strides[3] != 0:
+                    _apply(source, target, mask[m : m + n3], 1, scale[ar])  # keep is 0 or 1
+                elif mask[m]:  # one decision for the whole line
+                    _scale(source, target, scale[ar])
                 else:
-                    _apply(source, target, line, t, scale[ar])
+                    target[:] = 0
+
+
+FRESH_ELEMENTS = (
+    1 << 22
+)  # from about here on memory comes fresh from the system each time, in pages to be made
+_MADV_HUGEPAGE = 14
+_PAGE = mmap.PAGESIZE
+_madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+
+
+def prefer_large_pages(address: int, size: int) -> None:
+    """Ask the system to back fresh memory with large pages, whose first touch costs a tenth; it need not obey."""
+    if _madvise is not None:
+        first, last = -(-address // _PAGE) * _PAGE, (address + size) // _PAGE * _PAGE
+        _madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_HUGEPAGE)
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -295,18 +402,13 @@ def in_parallel(run: Callable[[int, int], None], units: int, elements: int, grai
 
 @njit(nogil=True, cache=True)
 def _run_lanes(
-    first: int, sample_id: np.uint64, key: np.uint64, member: np.uint64, step: int, fine: int,
-    block: Array, sample: Array, words: Array, second: Array,
+    first: int, sample_id: np.uint64, key: np.uint64, member: np.uint64, step: int, fine: int, words: Array,
+    second: Array,
 ) -> None:  # fmt: skip
     """Fill `words` with the lanes of BATCH blocks of one sample from block `first` on, refined where fine > 0."""
-    for i in range(BATCH):
-        block[i] = _U(first + i)
-    sample[:] = sample_id
-    _philox_batch(block, sample, key, member, _U(step), words)
+    _philox_run(first, sample_id, key, member, _U(step), words)
     if fine > 0:
-        for i in range(BATCH):
-            block[i] |= _REFINE
-        _philox_batch(block, sample, key, member, _U(step), second)
+        _philox_run(first | REFINE, sample_id, key, member, _U(step), second)
         _dropped_by_refinement(words.view(np.uint16), second.view(np.uint16), fine)
 
 
@@ -325,7 +427,6 @@ def drop_runs(
         firsts: (runs,) int64, index of a run's first element in its sample's mask.
         key, member, step, t, fine: one number each.
     """
-    block, sample = np.empty(BATCH, np.uint64), np.empty(BATCH, np.uint64)
     words, second = np.empty(2 * BATCH, np.uint64), np.empty(2 * BATCH, np.uint64)
     lane = words.view(np.uint16)
     zero = x.dtype.type(0)
@@ -337,7 +438,7 @@ def drop_runs(
         at, stop = u * length, (u + 1) * length
         first, skip = firsts[u] // LANES, firsts[u] % LANES
         while at < stop:
-            _run_lanes(first, ids[u], key, member, step, fine, block, sample, words, second)
+            _run_lanes(first, ids[u], key, member, step, fine, words, second)
             count = min(LANES * BATCH - skip, stop - at)
             target, use = x[at : at + count], lane[skip : skip + count]
             for i in range(count):
@@ -362,7 +463,6 @@ def drop_softmax_runs(
         scale: of the survivors.
         length, ids, firsts, key, member, step, t, fine: as in `drop_runs`.
     """
-    block, sample = np.empty(BATCH, np.uint64), np.empty(BATCH, np.uint64)
     words, second = np.empty(2 * BATCH, np.uint64), np.empty(2 * BATCH, np.uint64)
     lane = words.view(np.uint16)
     zero, factor = weight.dtype.type(0), weight.dtype.type(scale)
@@ -375,7 +475,7 @@ def drop_softmax_runs(
             if nothing_stays:
                 words[:] = _U(0)
             else:
-                _run_lanes(first, ids[u], key, member, step, fine, block, sample, words, second)
+                _run_lanes(first, ids[u], key, member, step, fine, words, second)
             end = min(at + LANES * BATCH - skip, stop)
             while at < end:  # to the end of the row, or of the lanes
                 row = at // width

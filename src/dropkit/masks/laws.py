@@ -56,8 +56,6 @@ def multiply(
         shared = (0, *shared)
     dims = ops.normalise_shared(shared, x.ndim)
     if law != "bernoulli":
-        return noise_ops.noise(
-            x, where.key, where.member, torch.as_tensor(p, dtype=torch.float64), where.samples, where.step,
-            where.row_offset, dims, law,
-        )  # fmt: skip
-    return ops.dropout(x, where.key, where.member, p, where.samples, where.step, where.row_offset, dims)
+        rate = torch.as_tensor(p, dtype=torch.float64)
+        return noise_ops.noise(x, *where.tensors(), rate, *where[2:5], dims, law)
+    return ops.dropout(x, where.key, where.member, p, *where[2:5], dims)

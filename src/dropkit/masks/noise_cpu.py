@@ -128,7 +128,7 @@ def noise_rows(
     radius, cosines, sines = np.empty(PAIRS), np.empty(PAIRS), np.empty(PAIRS)
     for first in range(start, stop, BATCH):
         last = min(first + BATCH, stop)
-        _counters(first, per_row, samples, block, sample)
+        _counters(first, per_row, samples, 0, block, sample)
         _philox_batch(block, sample, key, member, _U(step), words)
         if is_gaussian:
             _gaussian_batch(words, noise, radius, cosines, sines)
@@ -150,7 +150,7 @@ def word_rows(out: Array, key: np.uint64, member: np.uint64, samples: Array, ste
     word = words.view(np.uint32)
     for first in range(0, blocks, BATCH):
         last = min(first + BATCH, blocks)
-        _counters(first, per_row, samples, block, sample)
+        _counters(first, per_row, samples, 0, block, sample)
         _philox_batch(block, sample, key, member, _U(step), words)
         length = _close_gaps(word, first, last, per_row, width)
         begin = first // per_row * width + first % per_row * WORDS

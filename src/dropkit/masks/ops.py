@@ -41,6 +41,8 @@ def normalise_shared(shared: Sequence[int], ndim: int) -> tuple[int, ...]:
     Raises:
         ShapeError: a dim that x does not have.
     """
+    if not shared:
+        return ()
     for dim in shared:
         if not -ndim <= dim < ndim:
             raise ShapeError(
@@ -68,15 +70,19 @@ def _quantised_rates(rates: tuple[float, ...], groups: int, replicas: int) -> tu
     return t, fine, scale
 
 
+def _check_rows(rows: int, row_offset: int) -> None:
+    if row_offset + rows > SAMPLES:
+        raise AddressError(
+            f"{rows} rows from row_offset={row_offset} on were given; a row id lies in [0, 2**40)."
+        )
+
+
 def _row_ids(samples: Tensor | None, rows: int, row_offset: int, batch_shared: bool) -> Array:
     """(1 or A, B) uint64."""
     if batch_shared:
         return np.zeros((1, 1), np.uint64)
     if samples is None:
-        if row_offset + rows > SAMPLES:
-            raise AddressError(
-                f"{rows} rows from row_offset={row_offset} on were given; a row id lies in [0, 2**40)."
-            )
+        _check_rows(rows, row_offset)
         return np.arange(row_offset, row_offset + rows, dtype=np.uint64).reshape(1, rows)
     ids = np.ascontiguousarray(samples.numpy()).view(np.uint64)
     if ids.shape[-1] != rows:
@@ -160,11 +166,36 @@ def dropout_once(
         member, p, samples, step, row_offset, shared: as in `dropout_cpu`.
     """
     out = torch.empty_like(x)
-    if out.numel():
+    elements = x.numel()
+    if elements == 0:
+        return out
+    if elements >= cpu.FRESH_ELEMENTS:
+        cpu.prefer_large_pages(out.data_ptr(), elements * out.element_size())
+    door = cpu.DOORS.get(x.dtype)
+    if door is None or shared or not x.is_contiguous():
         ids = _row_ids(samples, x.shape[0] if x.ndim else 1, row_offset, 0 in shared)
         t, fine, scale = _quantised_rates((p,), 1, 1)
         words = np.array((key % SEEDS, member), np.uint64)
         _fill(x.detach(), (0, 0), out, x.shape, (words[:1], words[1:], ids, step, t, fine), scale, shared)
+        return out
+    rows = x.shape[0] if x.ndim else 1
+    width = elements // rows
+    where = 0
+    if samples is None:
+        _check_rows(rows, row_offset)
+    else:
+        if len(samples) != rows or not samples.is_contiguous():
+            samples = torch.from_numpy(_row_ids(samples, rows, row_offset, False).view(np.int64))
+        where = samples.data_ptr()
+    units = rows * -(-width // LANES)
+    arguments = (
+        x.data_ptr(), out.data_ptr(), rows, width, key if key < 1 << 63 else key - SEEDS, member, where, row_offset,
+        step, *_quantised(p),
+    )  # fmt: skip
+    if elements < 2 * cpu.PARALLEL_ELEMENTS:
+        door(*arguments, 0, units)
+    else:
+        cpu.in_parallel(lambda start, stop: door(*arguments, start, stop), units, elements, grain=cpu.BATCH)
     return out
 
 
@@ -222,7 +253,7 @@ def _elementwise(
 
     def run(start: int, stop: int) -> None:
         cpu.dropout_rows(
-            source, *strides, target, keys, members, ids, step, t, fine, scale, rows, width, start, stop
+            source, *strides, target, keys, members, ids, 0, step, t, fine, scale, rows, width, start, stop
         )
 
     cpu.in_parallel(run, rows * -(-width // LANES), len(target), grain=cpu.BATCH)
@@ -251,13 +282,17 @@ class _Plain(torch.autograd.Function):
     """Reverse mode alone, for calls outside of all transforms: a fraction of the overhead of `_Transformable`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *address: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, address: tuple[Any, ...]) -> Tensor:
         ctx.address = address  # neither x nor the mask; no tensor in it is ever written
         return dropout_once(x, *address)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return dropout(gradients[0], *ctx.address), None, None, None, None, None, None, None
+        return dropout(gradients[0], *ctx.address), None
+
+
+# Function.apply less what it does for torch.func, which is not at work where this is used.
+_apply_plain = super(torch.autograd.Function, _Plain).apply
 
 
 class _Transformable(torch.autograd.Function):
@@ -303,19 +338,21 @@ def dropout(
     if _is_plain(x, key, member, p):
         address = (int(key), int(member), float(p), samples, step, row_offset, shared)
         if x.requires_grad and torch.is_grad_enabled():
-            return _Plain.apply(x, *address)
+            return _apply_plain(x, address)
         return dropout_once(x, *address)
     key, member = (torch.as_tensor(v, dtype=torch.int64) for v in (key, member))
     p = torch.as_tensor(p, dtype=torch.float64)
     return _Transformable.apply(x, key, member, p, samples, step, row_offset, shared)
 
 
-def _is_plain(x: Tensor, key: Tensor | int, member: Tensor | int, p: Tensor | float) -> bool:
+def _is_plain(x: Tensor, *address: Tensor | float) -> bool:
     """Whether nothing of torch stands between the call and the memory: no transform, fake tensor or other device."""
+    for value in address:
+        if isinstance(value, Tensor) and value.ndim:
+            return False
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type == "cpu"
-        and not any(isinstance(v, Tensor) and v.ndim for v in (key, member, p))
+        (type(x) is Tensor or type(x) is torch.nn.Parameter)
+        and x.is_cpu
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
         and torch._C._len_torch_dispatch_stack() == 0

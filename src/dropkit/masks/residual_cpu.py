@@ -50,7 +50,7 @@ def _draw_lanes(
     first = row // per_sample * per_row + at // LANES
     count = (at % LANES + rows * width + LANES - 1) // LANES
     for i in range(0, count, BATCH):
-        _counters(first + i, per_row, samples, block, sample)
+        _counters(first + i, per_row, samples, 0, block, sample)
         _philox_batch(block, sample, key, member, _U(step), words[2 * i : 2 * i + 2 * BATCH])
     return at % LANES
 

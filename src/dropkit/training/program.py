@@ -45,8 +45,8 @@ def site_draw(site: str, *, seed: int, member: int | None = None) -> Draw:
 
 def member_noise(rates: Tensor, width: int, *, seed: int, member: int, site: str) -> Tensor:
     """What thinned network `member` multiplies its units by, for each of K rates: (K, 1, width)."""
-    where = site_draw(site, seed=seed, member=member)
-    return ops.dropout(torch.ones(1, 1, width), where.key[None], where.member[None], rates, None, 0, 0, (0,))
+    key, network = site_draw(site, seed=seed, member=member).tensors()
+    return ops.dropout(torch.ones(1, 1, width), key[None], network[None], rates, None, 0, 0, (0,))
 
 
 def forward(

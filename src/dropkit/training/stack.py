@@ -136,7 +136,7 @@ def train_stack(
         ids = torch.tensor([state.live[i] for i in better], dtype=torch.int64)
         best.index_copy_(0, ids, torch.cat([p.detach().reshape(len(p), -1)[better] for p in shown], dim=1))
 
-    keys = [site_draw(site, seed=seed).key[None] for site in first.sites]
+    keys = [site_draw(site, seed=seed).tensors()[0][None] for site in first.sites]
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads if _operations(state, batch) > ONE_THREAD else 1)
