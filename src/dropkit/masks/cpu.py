@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit, types
+from numba import carray, njit, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
 from dropkit.masks.philox import LANES, MULTIPLIER_0, MULTIPLIER_1, REFINE, ROUNDS, WEYL_0, WEYL_1, WORD
@@ -305,13 +305,14 @@ DOORS = {
     torch.float32: _door(np.float32),
     torch.float64: _door(np.float64),
     torch.bfloat16: _door(np.uint16),
+    torch.uint8: _door(np.uint8),  # what is kept of ones: a mask
 }
 
 
 @njit(nogil=True, cache=True)
 def dropout_shared(
     x: Array, x_group: int, x_replica: int, out: Array, keep: Array, scale: Array, replicas: int, rows: int,
-    mask_width: int, sizes: Array, strides: Array, start: int, stop: int,
+    mask_width: int, sizes: tuple[int, ...], strides: tuple[int, ...], start: int, stop: int,
 ) -> None:  # fmt: skip
     """Dropout whose mask is constant along some dimensions, by index arithmetic.
 
@@ -320,7 +321,7 @@ def dropout_shared(
         keep: flat (A, R, rows, mask_width) uint8.
         scale: flat (A R,).
         replicas, rows, mask_width: R, B and the elements of one sample's mask.
-        sizes, strides: (4,) collapsed dims of a row and their strides in the mask, 0 where it is shared.
+        sizes, strides: four collapsed dims of a row and their strides in the mask, 0 where it is shared; tuples.
         start, stop: range among the A R rows n0 outermost slices; the unit that threads share out.
     """
     n0, n1, n2, n3 = sizes[0], sizes[1], sizes[2], sizes[3]
@@ -344,6 +345,30 @@ def dropout_shared(
                     _scale(source, target, scale[ar])
                 else:
                     target[:] = 0
+
+
+def _shared_door(dtype: Any) -> Any:
+    """`dropout_shared` of one x, from numbers alone, in one dtype of x."""
+
+    @njit(nogil=True, cache=True)
+    def dropout_lines(
+        x: int, out: int, keep: int, rows: int, mask_width: int, scale: float, sizes: tuple[int, ...],
+        strides: tuple[int, ...], start: int, stop: int,
+    ) -> None:  # fmt: skip
+        elements = rows * sizes[0] * sizes[1] * sizes[2] * sizes[3]
+        source, target = carray(_pointer(x), elements, dtype), carray(_pointer(out), elements, dtype)
+        mask = carray(_pointer(keep), rows * mask_width, np.uint8)
+        scales = np.array([scale])
+        dropout_shared(source, 0, 0, target, mask, scales, 1, rows, mask_width, sizes, strides, start, stop)
+
+    return dropout_lines
+
+
+SHARED_DOORS = {
+    torch.float32: _shared_door(np.float32),
+    torch.float64: _shared_door(np.float64),
+    torch.bfloat16: _shared_door(np.uint16),
+}
 
 
 FRESH_ELEMENTS = (

@@ -9,7 +9,7 @@ key or member gives masks of their own, and everything that is not batched is co
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +23,7 @@ from dropkit.masks.address import SAMPLES, SEEDS
 from dropkit.masks.philox import LANES, survivor_scale, threshold
 
 Array = np.ndarray[Any, Any]
+Dims = tuple[int, int, int, int]
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _COLLAPSED_DIMS = 4
@@ -98,7 +99,7 @@ def _per_group(values: Tensor, groups: int) -> Array:
     return words if len(words) == groups else np.repeat(words, groups)
 
 
-def _collapse(sizes: Sequence[int], shared: Sequence[bool]) -> tuple[list[int], list[int]] | None:
+def _collapse(sizes: Sequence[int], shared: Sequence[bool]) -> tuple[Dims, Dims] | None:
     """Merge neighbouring dims of one kind; sizes and mask strides of at most four, or None where more alternate."""
     merged: list[tuple[int, bool]] = []
     for size, is_shared in zip(sizes, shared, strict=True):
@@ -115,7 +116,11 @@ def _collapse(sizes: Sequence[int], shared: Sequence[bool]) -> tuple[list[int], 
         strides.append(0 if is_shared else stride)
         stride *= 1 if is_shared else size
     padding = _COLLAPSED_DIMS - len(merged)
-    return [1] * padding + [size for size, _ in merged], [0] * padding + strides[::-1]
+    full = [(1, 0)] * padding + [
+        (size, stride) for (size, _), stride in zip(merged, strides[::-1], strict=True)
+    ]
+    a, b, c, d = full
+    return (a[0], b[0], c[0], d[0]), (a[1], b[1], c[1], d[1])
 
 
 def dropout_cpu(
@@ -135,7 +140,7 @@ def dropout_cpu(
         (*shape), or (K, *shape).
     """
     if key.ndim == 0:  # the vmap rule gives all of x, key, member and p a leading axis, or none
-        return dropout_once(x, int(key), int(member), float(p), samples, step, row_offset, shared)
+        return dropout_once(x, int(key), int(member), float(p), samples, step, row_offset, tuple(shared))
     shape = x.shape[1:]
     networks = max(x.shape[0], key.shape[0], member.shape[0], p.shape[0])
     if samples is not None and samples.ndim > 1:
@@ -156,7 +161,7 @@ def dropout_cpu(
 
 def dropout_once(
     x: Tensor, key: int, member: int, p: float, samples: Tensor | None, step: int, row_offset: int,
-    shared: Sequence[int],
+    shared: tuple[int, ...],
 ) -> Tensor:  # fmt: skip
     """Dropout of one x on a CPU, from plain numbers; what a call outside of all transforms comes down to.
 
@@ -171,32 +176,59 @@ def dropout_once(
         return out
     if elements >= cpu.FRESH_ELEMENTS:
         cpu.prefer_large_pages(out.data_ptr(), elements * out.element_size())
-    door = cpu.DOORS.get(x.dtype)
-    if door is None or shared or not x.is_contiguous():
+    layout = _layout(x.shape, shared) if x.dtype in cpu.SHARED_DOORS and x.is_contiguous() else None
+    if layout is None:
         ids = _row_ids(samples, x.shape[0] if x.ndim else 1, row_offset, 0 in shared)
-        t, fine, scale = _quantised_rates((p,), 1, 1)
+        limits, fines, scales = _quantised_rates((p,), 1, 1)
         words = np.array((key % SEEDS, member), np.uint64)
-        _fill(x.detach(), (0, 0), out, x.shape, (words[:1], words[1:], ids, step, t, fine), scale, shared)
+        _fill(
+            x.detach(), (0, 0), out, x.shape, (words[:1], words[1:], ids, step, limits, fines), scales, shared
+        )
         return out
-    rows = x.shape[0] if x.ndim else 1
-    width = elements // rows
+    rows, width, sizes, strides = layout
     where = 0
-    if samples is None:
+    if 0 in shared:
+        row_offset = 0
+    elif samples is None:
         _check_rows(rows, row_offset)
     else:
         if len(samples) != rows or not samples.is_contiguous():
             samples = torch.from_numpy(_row_ids(samples, rows, row_offset, False).view(np.int64))
         where = samples.data_ptr()
-    units = rows * -(-width // LANES)
-    arguments = (
-        x.data_ptr(), out.data_ptr(), rows, width, key if key < 1 << 63 else key - SEEDS, member, where, row_offset,
-        step, *_quantised(p),
-    )  # fmt: skip
+    t, fine, scale = _quantised(p)
+    address = (rows, width, key if key < 1 << 63 else key - SEEDS, member, where, row_offset, step, t, fine)
+    source, target = x.data_ptr(), out.data_ptr()
+    if not shared:
+        _knock(cpu.DOORS[x.dtype], (source, target, *address, scale), rows * -(-width // LANES), elements)
+        return out
+    keep = np.ones(rows * width, np.uint8)
+    mask = keep.ctypes.data
+    _knock(cpu.DOORS[torch.uint8], (mask, mask, *address, 1.0), rows * -(-width // LANES), len(keep))
+    lines = (source, target, mask, rows, width, scale, sizes, strides)
+    _knock(cpu.SHARED_DOORS[x.dtype], lines, rows * sizes[0], elements, grain=1)
+    return out
+
+
+def _knock(
+    door: Callable[..., None], arguments: tuple[Any, ...], units: int, elements: int, grain: int = cpu.BATCH
+) -> None:
+    """Call a kernel over all units, on as many threads as the work is worth."""
     if elements < 2 * cpu.PARALLEL_ELEMENTS:
         door(*arguments, 0, units)
     else:
-        cpu.in_parallel(lambda start, stop: door(*arguments, start, stop), units, elements, grain=cpu.BATCH)
-    return out
+        cpu.in_parallel(lambda start, stop: door(*arguments, start, stop), units, elements, grain)
+
+
+@lru_cache(maxsize=4096)
+def _layout(shape: tuple[int, ...], shared: tuple[int, ...]) -> tuple[int, int, Dims, Dims] | None:
+    """Rows, elements of a row's mask, and its collapsed sizes and their strides in the mask; None as in `_collapse`."""
+    first = 0 if 0 in shared or not shape else 1
+    row_shared = [dim in shared for dim in range(first, len(shape))]
+    width = math.prod(n for n, is_shared in zip(shape[first:], row_shared, strict=True) if not is_shared)
+    collapsed = _collapse(shape[first:], row_shared)
+    if collapsed is None:
+        return None
+    return (shape[0] if first else 1), width, collapsed[0], collapsed[1]
 
 
 def _memory(x: Tensor) -> Array:
@@ -224,7 +256,7 @@ def _fill(
     _elementwise(ones, (0, 0), keep.numpy().reshape(-1), address, np.ones_like(scale), rows, width)
     collapsed = _collapse(row_sizes, row_shared)
     if fused and collapsed is not None:
-        sizes, mask_strides = np.array(collapsed[0]), np.array(collapsed[1])
+        sizes, mask_strides = collapsed
         source, target, mask, factors = _memory(x), _memory(out), keep.numpy().reshape(-1), scale.reshape(-1)
 
         def run(start: int, stop: int) -> None:
@@ -336,7 +368,7 @@ def dropout(
         key, member, p: as there, or plain numbers.
     """
     if _is_plain(x, key, member, p):
-        address = (int(key), int(member), float(p), samples, step, row_offset, shared)
+        address = (int(key), int(member), float(p), samples, step, row_offset, tuple(shared))
         if x.requires_grad and torch.is_grad_enabled():
             return _apply_plain(x, address)
         return dropout_once(x, *address)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from dropkit.errors import check_probability
+from dropkit.errors import ShapeError, check_probability
 from dropkit.masks.laws import multiply
 from dropkit.nn.layer import RateLayer
 
@@ -30,7 +31,9 @@ def dropout(
 
     Args:
         x: (B, *features), any floating or complex dtype; dim 0 counts the rows.
-        p: chance to drop, in [0, 1]; a number, or a 0-d tensor (one for each network under torch.func.vmap).
+        p: chance to drop, in [0, 1]; a number, or a 0-d tensor (one for each network under torch.func.vmap). A tensor
+            of more dims broadcasts against x, (D,) for one rate a feature, (B, 1) for one a sample; its masks come from
+            32-bit numbers, and are others than those of a number.
         training: False gives x back.
         inplace: write the result into x.
         shared: dims along which one mask serves all; with 0 among them, all rows.
@@ -57,8 +60,30 @@ def dropout(
     rate = p if isinstance(p, Tensor) else check_probability(p)
     if not training:
         return x
-    result = multiply("bernoulli", x, rate, shared, site, owner)
+    if isinstance(rate, Tensor) and rate.ndim:
+        result = _at_rates(x, rate, shared, site, owner)
+    else:
+        result = multiply("bernoulli", x, rate, shared, site, owner)
     return x.copy_(result) if inplace else result
+
+
+def _at_rates(x: Tensor, p: Tensor, shared: Sequence[int], site: str | None, owner: object | None) -> Tensor:
+    """Dropout with a rate for each element of the mask: dropped where the uniform law's number is below p."""
+    try:
+        fits = torch.broadcast_shapes(p.shape, x.shape) == x.shape
+    except RuntimeError:
+        fits = False
+    if not fits or any(
+        p.ndim >= x.ndim - dim % x.ndim and p.shape[dim % x.ndim - x.ndim] > 1 for dim in shared
+    ):
+        raise ShapeError(
+            f"rates of shape {tuple(p.shape)} were given for an input of shape {tuple(x.shape)}; they broadcast "
+            "against it, and have size 1 along shared dims."
+        )
+    p = p.to(torch.float64)
+    uniform = multiply("uniform", torch.ones_like(x, dtype=torch.float64), 0.25, shared, site, owner) / 2
+    scale = torch.where(p < 1, 1 / (1 - p), 0.0).to(x.dtype)
+    return torch.where(uniform >= p, x * scale, 0)
 
 
 class Dropout(RateLayer):
