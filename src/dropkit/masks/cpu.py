@@ -36,13 +36,15 @@ Array = np.ndarray[Any, Any]
 BATCH = (
     128  # counters drawn at a time: their lanes, 2 KiB, and what they are applied to stay in the first cache
 )
+VECTOR = 8  # 64-bit numbers in the widest vector: a run of blocks is rounded up to it
+WORDS_DRAWN = 2 * (BATCH + VECTOR)
+SHORT_ROW = 16  # blocks of a row from which on a row is drawn as a run, without a list of counters
 PARALLEL_ELEMENTS = 1 << 17  # below this a second thread costs more than it brings (about 40 us to wake it)
 EVERYTHING = 1 << 16  # the threshold that drops every lane
 
 _U = np.uint64
 _WORD, _HALF = _U(WORD), _U(32)
 _M0, _M1, _W0, _W1 = _U(MULTIPLIER_0), _U(MULTIPLIER_1), _U(WEYL_0), _U(WEYL_1)
-_REFINE = _U(REFINE)
 
 
 def _cast(operation: str, result: Any, given: Any = None) -> Any:
@@ -93,9 +95,9 @@ def _philox_batch(
 def _philox_run(
     first: int, sample: np.uint64, key: np.uint64, member: np.uint64, step: np.uint64, words: Array
 ) -> None:
-    """`_philox_batch` for the blocks `first`, first + 1, ... of one sample, whose first rounds share much."""
+    """`_philox_batch` for len(words) / 2 blocks of one sample, from `first` on, whose first rounds share much."""
     s1, s3 = sample & _WORD, (sample >> _HALF) | (member << _U(8))
-    for i in range(BATCH):
+    for i in range(len(words) // 2):
         c0, c1, c2, c3 = _U(first + i), s1, step, s3
         k0, k1 = key & _WORD, key >> _HALF
         for _ in range(ROUNDS):
@@ -178,6 +180,34 @@ def _counters(first: int, per_row: int, ids: Array, offset: int, block: Array, s
 
 
 @njit(nogil=True, cache=True)
+def draw_blocks(
+    first: int, per_row: int, ids: Array, offset: int, key: np.uint64, member: np.uint64, step: np.uint64,
+    refine: int, block: Array, sample: Array, words: Array,
+) -> None:  # fmt: skip
+    """Fill `words` with the BATCH blocks that begin at `first`, counted through rows of `per_row` blocks each.
+
+    Args:
+        ids, offset: as in `_counters`.
+        refine: REFINE for the second block of a rate below 2**-16, else 0.
+        block, sample: (BATCH,) uint64, room to work in.
+        words: (WORDS_DRAWN,) uint64; what lies past the last row's end means nothing.
+    """
+    if per_row < SHORT_ROW:
+        _counters(first, per_row, ids, offset, block, sample)
+        for i in range(BATCH):
+            block[i] |= _U(refine)
+        _philox_batch(block, sample, key, member, step, words[: 2 * BATCH])
+        return
+    b, j, i = first // per_row, first % per_row, 0
+    while i < BATCH:
+        count = min(per_row - j, BATCH - i)
+        row_id = _U(offset + b) if len(ids) == 0 else ids[min(b, len(ids) - 1)]
+        whole = (count + VECTOR - 1) // VECTOR * VECTOR  # the next row writes over what is too much
+        _philox_run(j | refine, row_id, key, member, step, words[2 * i : 2 * (i + whole)])
+        b, j, i = b + 1, 0, i + count
+
+
+@njit(nogil=True, cache=True)
 def _compact(lane: Array, first: int, last: int, per_row: int, width: int) -> int:
     """Close the gaps that blocks leave at the ends of rows, in place; returns how many lanes are left.
 
@@ -225,7 +255,7 @@ def dropout_rows(
     per_row = (width + LANES - 1) // LANES
     groups, replicas = t.shape
     block, sample = np.empty(BATCH, np.uint64), np.empty(BATCH, np.uint64)
-    words, second = np.empty(2 * BATCH, np.uint64), np.empty(2 * BATCH, np.uint64)
+    words, second = np.empty(WORDS_DRAWN, np.uint64), np.empty(WORDS_DRAWN, np.uint64)
     lane, second_lane = words.view(np.uint16), second.view(np.uint16)
     plain = np.empty(LANES * BATCH, np.uint16)
     for a in range(groups):
@@ -233,24 +263,18 @@ def dropout_rows(
         refined = fine[a].max() > 0
         for first in range(start, stop, BATCH):
             last = min(first + BATCH, stop)
-            if first % per_row + BATCH <= per_row and not refined:  # all in one row
-                b = first // per_row
-                row_id = ids[b] if len(ids) > 0 else _U(offset + b)
-                _philox_run(first % per_row, row_id, keys[a], members[a], _U(step), words)
-            else:
-                _counters(first, per_row, ids, offset, block, sample)
-                _philox_batch(block, sample, keys[a], members[a], _U(step), words)
+            draw_blocks(first, per_row, ids, offset, keys[a], members[a], _U(step), 0, block, sample, words)
             length = _compact(lane, first, last, per_row, width)
             if refined:
-                for i in range(BATCH):
-                    block[i] |= _REFINE
-                _philox_batch(block, sample, keys[a], members[a], _U(step), second)
+                draw_blocks(
+                    first, per_row, ids, offset, keys[a], members[a], _U(step), REFINE, block, sample, second
+                )
                 _compact(second_lane, first, last, per_row, width)
             begin = first // per_row * width + first % per_row * LANES
             for r in range(replicas):
                 use, limit = lane, t[a, r]
                 if fine[a, r] > 0:
-                    plain[:] = lane
+                    plain[:] = lane[: len(plain)]
                     _dropped_by_refinement(plain, second_lane, fine[a, r])
                     use, limit = plain, 1
                 at = (a * replicas + r) * rows * width + begin
@@ -371,9 +395,8 @@ SHARED_DOORS = {
 }
 
 
-FRESH_ELEMENTS = (
-    1 << 22
-)  # from about here on memory comes fresh from the system each time, in pages to be made
+# From about here on memory comes fresh from the system each time, in pages that must be made.
+FRESH_BYTES = 1 << 24
 _MADV_HUGEPAGE = 14
 _PAGE = mmap.PAGESIZE
 _madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None

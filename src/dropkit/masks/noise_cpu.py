@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from dropkit.masks.cpu import BATCH, _counters, _philox_batch
+from dropkit.masks.cpu import BATCH, WORDS_DRAWN, draw_blocks
 from dropkit.masks.noise import (
     ATANH,
     COSINE,
@@ -123,13 +123,12 @@ def noise_rows(
         start, stop: range of blocks among the rows * ceil(width / 4); the unit that threads share out.
     """
     per_row = (width + WORDS - 1) // WORDS
-    block, sample, words = np.empty(BATCH, np.uint64), np.empty(BATCH, np.uint64), np.empty(PAIRS, np.uint64)
+    block, sample, words = np.empty(BATCH, np.uint64), np.empty(BATCH, np.uint64), np.empty(WORDS_DRAWN, np.uint64)
     noise = np.empty(2 * PAIRS, np.float64)
     radius, cosines, sines = np.empty(PAIRS), np.empty(PAIRS), np.empty(PAIRS)
     for first in range(start, stop, BATCH):
         last = min(first + BATCH, stop)
-        _counters(first, per_row, samples, 0, block, sample)
-        _philox_batch(block, sample, key, member, _U(step), words)
+        draw_blocks(first, per_row, samples, 0, key, member, _U(step), 0, block, sample, words)
         if is_gaussian:
             _gaussian_batch(words, noise, radius, cosines, sines)
         else:
@@ -146,12 +145,11 @@ def word_rows(out: Array, key: np.uint64, member: np.uint64, samples: Array, ste
     """Fill (rows * width,) uint32 with `noise.words`."""
     per_row = (width + WORDS - 1) // WORDS
     blocks = per_row * len(samples)
-    block, sample, words = np.empty(BATCH, np.uint64), np.empty(BATCH, np.uint64), np.empty(PAIRS, np.uint64)
+    block, sample, words = np.empty(BATCH, np.uint64), np.empty(BATCH, np.uint64), np.empty(WORDS_DRAWN, np.uint64)
     word = words.view(np.uint32)
     for first in range(0, blocks, BATCH):
         last = min(first + BATCH, blocks)
-        _counters(first, per_row, samples, 0, block, sample)
-        _philox_batch(block, sample, key, member, _U(step), words)
+        draw_blocks(first, per_row, samples, 0, key, member, _U(step), 0, block, sample, words)
         length = _close_gaps(word, first, last, per_row, width)
         begin = first // per_row * width + first % per_row * WORDS
         out[begin : begin + length] = word[:length]

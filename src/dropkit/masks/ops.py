@@ -174,7 +174,7 @@ def dropout_once(
     elements = x.numel()
     if elements == 0:
         return out
-    if elements >= cpu.FRESH_ELEMENTS:
+    if elements * x.element_size() >= cpu.FRESH_BYTES:
         cpu.prefer_large_pages(out.data_ptr(), elements * out.element_size())
     layout = _layout(x.shape, shared) if x.dtype in cpu.SHARED_DOORS and x.is_contiguous() else None
     if layout is None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from dropkit.masks.cpu import BATCH, _counters, _philox_batch
+from dropkit.masks.cpu import BATCH, WORDS_DRAWN, draw_blocks
 from dropkit.masks.philox import LANES
 
 Array = np.ndarray[Any, Any]
@@ -50,8 +50,8 @@ def _draw_lanes(
     first = row // per_sample * per_row + at // LANES
     count = (at % LANES + rows * width + LANES - 1) // LANES
     for i in range(0, count, BATCH):
-        _counters(first + i, per_row, samples, 0, block, sample)
-        _philox_batch(block, sample, key, member, _U(step), words[2 * i : 2 * i + 2 * BATCH])
+        place = words[2 * i : 2 * i + WORDS_DRAWN]
+        draw_blocks(first + i, per_row, samples, 0, key, member, _U(step), 0, block, sample, place)
     return at % LANES
 
 
@@ -126,7 +126,7 @@ def add_rows(
     width = x.shape[1]
     tile = tile_rows(width)
     blocks = (tile * width + 2 * LANES - 1) // LANES
-    words = np.empty(2 * (blocks + BATCH), np.uint64)
+    words = np.empty(2 * blocks + WORDS_DRAWN, np.uint64)
     lane = words.view(np.uint16)
     block, sample = np.empty(BATCH, np.uint64), np.empty(BATCH, np.uint64)
     size = x.dtype.type(width)
@@ -224,7 +224,7 @@ def norm_backward_rows(
     """
     rows, width = total.shape
     tile = tile_rows(width)
-    words = np.empty(2 * ((tile * width + 2 * LANES - 1) // LANES + BATCH), np.uint64)
+    words = np.empty(2 * ((tile * width + 2 * LANES - 1) // LANES) + WORDS_DRAWN, np.uint64)
     lane = words.view(np.uint16)
     block, sample = np.empty(BATCH, np.uint64), np.empty(BATCH, np.uint64)
     size = total.dtype.type(width)
