@@ -2,6 +2,9 @@
 # make test     everything that must hold: format, lint, types, import floors, documentation, tests and examples
 # make format   put the code into the one format
 # make docs     the documentation as HTML, in docs/_build/html
+# make nightly  what takes hours: the sampled tests of the masks at 20 times their size, the battery, every mutant
+# make battery  dieharder on the bits of the masks, into docs/battery.txt; needs the program dieharder
+# make mutation changes the kernels in one place at a time, and says which change no test notices
 # make clean    remove what the targets above made
 #
 # Another interpreter: make test PYTHON=python3.12
@@ -16,7 +19,7 @@ CHECK_TORCH := $(BIN)/python .ci/check_torch.py constraints.txt $(if $(filter tr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test format docs clean
+.PHONY: help demo test format docs clean nightly battery mutation
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -75,6 +78,16 @@ format: $(VENV)/made-dev
 docs: $(VENV)/made-dev
 	@$(BIN)/sphinx-build -q -W -E --keep-going -b html docs docs/_build/html
 	@echo "Documentation: $(abspath docs/_build/html)/index.html"
+
+battery: $(VENV)/made-dev
+	@$(BIN)/python benchmarks/battery.py run --out docs/battery.txt $(BATTERY_ARGS)
+
+mutation: $(VENV)/made-dev
+	@$(BIN)/python benchmarks/mutation.py $(MUTATION_ARGS)
+
+nightly: $(VENV)/made-dev
+	@DROPKIT_TRUST_SCALE=20 $(BIN)/pytest --timeout 7200 tests/test_trust_statistics.py tests/test_trust_equality.py
+	@$(MAKE) --no-print-directory battery mutation
 
 clean:
 	rm -rf $(VENV) $(DEMO) docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,19 @@ UNTIMED = settings(deadline=None, print_blob=True, suppress_health_check=[Health
 settings.register_profile("developer", UNTIMED)
 settings.register_profile("ci", UNTIMED, derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "developer")
+
+# What cannot run here is not collected, and the head of the run says so. Triton is part of the test extra on Linux.
+NEEDS = {
+    "test_gpu_triton.py": find_spec("triton") is not None,
+    "test_gpu_device.py": torch.cuda.is_available(),
+}
+collect_ignore = [name for name, there in NEEDS.items() if not there]
+
+
+def pytest_report_header() -> list[str]:
+    """Say which tests are left out for want of Triton or a GPU."""
+    return [f"left out: tests/{name}" for name in collect_ignore]
+
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores

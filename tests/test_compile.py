@@ -118,3 +118,19 @@ class TestCheckpointing:
         twice = lambda x: layer(linear(layer(x)))  # noqa: E731
         with pytest.raises(AddressError, match="which of its calls"):
             self.gradients(linear, lambda x: checkpoint(twice, x, use_reentrant=reentrant))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_equal_draws_of_one_graph_stay_two(backend, layers):
+    """One layer called twice, or two without a name: torch merges equal nodes where gradients are needed."""
+    torch._dynamo.reset()
+    first = dk.nn.Dropout(0.5)
+    model = nn.Sequential(nn.Linear(8, 8), first, first if layers == 1 else dk.nn.Dropout(0.5))
+    if layers == 1:
+        dk.nn.name_sites(model)
+    x = torch.randn(6, 8)
+    run = torch.compile(model, fullgraph=True, backend=backend)
+    eager, graph = (output_and_gradients(model, f, x, seed=1) for f in (model, run))
+    for ours, theirs in zip(eager, graph, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)

@@ -10,6 +10,7 @@ from dropkit.masks import masks
 
 if TYPE_CHECKING:
     from dropkit.committee import Committee
+    from dropkit.conversion import convert, insert, restore, scan
     from dropkit.estimators import DropoutClassifier, DropoutRegressor
 
 __version__ = "0.1.0"
@@ -19,10 +20,14 @@ __all__ = [
     "DropoutClassifier",
     "DropoutRegressor",
     "__version__",
+    "convert",
     "errors",
     "functional",
+    "insert",
     "masks",
     "nn",
+    "restore",
+    "scan",
 ]
 
 # Loaded when asked for: the estimators bring pandas and scikit-learn, which `import dropkit` does not need.
@@ -30,6 +35,10 @@ _LAZY = {
     "Committee": "dropkit.committee",
     "DropoutClassifier": "dropkit.estimators",
     "DropoutRegressor": "dropkit.estimators",
+    "convert": "dropkit.conversion",
+    "insert": "dropkit.conversion",
+    "restore": "dropkit.conversion",
+    "scan": "dropkit.conversion",
 }
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropkit import functional
+from dropkit.bench import gpu, graphs, models, recurrent, weights
 from dropkit.bench.machine import compiler_missing
 from dropkit.bench.work import Function, Pair, against_multiply, attending, dropping
 from dropkit.errors import OptionError
@@ -136,8 +137,10 @@ def attention_rows(form: Any) -> tuple[Row, ...]:
 
 
 MILLION, SMALL = (1024, 1024), (64, 64)
+LARGE = (16384, 8192)  # what a GPU needs to be busy: 128 M elements
 IMAGES, SMALL_IMAGES = (32, 64, 56, 56), (4, 8, 6, 6)
 WORDS, SMALL_WORDS = (32, 128, 512), (4, 8, 16)
+STEPS, SMALL_STEPS = (100, 32, 256), (6, 4, 8)  # time first
 HAS_TIMM = find_spec("timm") is not None
 DROP_PATH = "timm.layers.drop_path" if HAS_TIMM else "the formula of timm's drop_path in torch"
 
@@ -166,6 +169,46 @@ ROWS: tuple[Row, ...] = (
     Row("path", f"drop path, forward + backward, {IMAGES}", DROP_PATH,
         "times faster", 3, (1, 2), IMAGES, SMALL_IMAGES,
         sharing((1, 2, 3), timm_drop_path if HAS_TIMM else None)),
+    Row("gpu-copy", f"on a GPU: {gpu.CALLS} calls, forward, bfloat16, 128 M", "a copy",
+        "of its time", 1 / 0.9, (1,), LARGE, SMALL, lambda shape: gpu.against_copy(ours, shape, P),
+        gpu.kernels_missing),
+    Row("gpu-bfloat16", f"on a GPU: {gpu.CALLS} calls, forward, bfloat16, 128 M", "torch dropout",
+        "times faster", 1.2, (1,), LARGE, SMALL, lambda shape: gpu.against_torch(ours, torch_dropout, shape, P),
+        gpu.kernels_missing),
+    Row("tail", "bias + dropout + residual + LayerNorm, forward + backward, float32, (4096, 768)",
+        "the same chain in torch, eager", "times faster", 5, (1, 2), (4096, 768), (16, 32),
+        lambda shape: models.tail(shape, P)),
+    Row("step-transformer", "training step, Transformer encoder of 4 layers, width 256, (16, 128, 256), converted",
+        "the same as torch builds it", "times faster", 1, (1, 2), (16, 128, 256), (2, 4, 64),
+        lambda shape: models.stepping(models.encoder, shape, P)),
+    Row("step-cnn", "training step, small CNN with a dropout behind each activation, (32, 3, 32, 32), converted",
+        "the same as torch builds it", "times faster", 1, (1, 2), (32, 3, 32, 32), (2, 3, 8, 8),
+        lambda shape: models.stepping(models.convnet, shape, P)),
+    Row("drop-connect", "DropConnect with a mask for each row, forward + backward, float32, (32, 1024) to 1024",
+        "a masked copy of the weight for each row", "times faster", 5, (1, 2), (32, 1024), SMALL,
+        lambda shape: weights.connecting(shape, P)),
+    Row("drop-connect-kept", "kept for backward: DropConnect with a mask for each row, (32, 1024) to 1024",
+        "a masked copy of the weight for each row", "bytes kept", 0, (1,), (32, 1024), SMALL,
+        lambda shape: weights.connecting(shape, P)),
+    Row("batchwise", "batchwise dropout at 0.5 of two hidden layers of 2048, forward + backward, float32, (256, 1024)",
+        "the same network with torch dropout", "times faster", 2, (1, 2), (256, 1024), SMALL,
+        lambda shape: weights.cutting(shape, 0.5)),
+    Row("concrete", "Concrete dropout and a linear map, forward + backward, float32, (256, 1024) to 1024",
+        "the linear map alone", "of its time", 1.3, (1, 2), (256, 1024), SMALL,
+        lambda shape: weights.learning(shape, P)),
+    *(Row(name, f"drop edge{kind}, 1 M edges", graphs.PEER, "times faster", target, (1, 2), (1_000_000,), (2_000,),
+          partial(lambda together, shape: graphs.dropping_edges(shape[0], P, together), together))
+      for name, kind, target, together in (
+          ("edge", "", 3, False), ("edge-undirected", ", both directions together", 2, True))),
+    Row("lstm-locked", f"LSTM, one state mask for each row and all steps, forward + backward, {STEPS}",
+        "torch LSTM without dropout", "of its time", 1.3, (1, 2), STEPS, SMALL_STEPS,
+        lambda shape: recurrent.recurring("LSTM", shape, P)),
+    Row("lstm-member", f"LSTM, one state mask for all rows and steps, forward + backward, {STEPS}",
+        "torch LSTM without dropout", "of its time", 1.02, (1, 2), STEPS, SMALL_STEPS,
+        lambda shape: recurrent.recurring("LSTM", shape, P, member=1)),
+    Row("gru-locked", f"GRU, one state mask for each row and all steps, forward + backward, {STEPS}",
+        "torch GRU without dropout", "of its time", 1.3, (1, 2), STEPS, SMALL_STEPS,
+        lambda shape: recurrent.recurring("GRU", shape, P)),
     *(attention_rows(form) if (form := getattr(functional, "scaled_dot_product_attention", None)) else ()),
 )  # fmt: skip
 

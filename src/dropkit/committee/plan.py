@@ -116,8 +116,9 @@ def make_plan(network: nn.Module, tile: Tensor, seed: int, allow_no_spread: bool
             stack.callback(hook.remove)
         result, sites = run_member(network, tile, seed, 0)
     layers = {name: m for name, m in network.named_modules() if isinstance(m, StochasticLayer)}
+    reached = outputs.keys() | _lent(sites, layers)
     silent = (
-        *(f"{n} (not reached)" for n, m in layers.items() if _rate(m) > 0 and n not in outputs),
+        *(f"{n} (not reached)" for n in layers if n not in reached and _rate(layers[n]) > 0),
         *_torch_noise(network),
     )
     if not sites and not allow_no_spread:
@@ -175,10 +176,18 @@ def _rate(layer: nn.Module) -> float:
     return float(p.detach().max()) if isinstance(p, Tensor) else float(p)
 
 
+def _lent(sites: tuple[str, ...], layers: dict[str, StochasticLayer]) -> set[str]:
+    """Layers whose rate the module above them hands to a function, as attention does in converted models."""
+    drawing = {site.partition(":")[0] for site in sites if ":" in site}
+    return {name for name in layers if name.rpartition(".")[0] in drawing}
+
+
 def _torch_noise(network: nn.Module) -> list[str]:
     """Torch's own noisy modules with a rate above 0, which a committee leaves in evaluation mode."""
     found = []
     for name, module in network.named_modules():
+        if "dropkit_site" in vars(module):
+            continue  # `dropkit.convert` has its calls answered by dropkit
         if isinstance(module, nn.modules.dropout._DropoutNd):
             rate = module.p
         elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
@@ -194,7 +203,10 @@ def _no_mask_message(layers: dict[str, StochasticLayer], silent: tuple[str, ...]
     if layers:
         found = f"its dropkit layers were never reached by the pass: {', '.join(layers)}"
     elif silent:
-        found = f"it has only torch's own noise: {_some(silent)}. Build it with dropkit.nn.Dropout in these places"
+        found = (
+            f"it has only torch's own noise: {_some(silent)}. Convert it (dropkit.convert), or build it with "
+            "dropkit.nn.Dropout in these places"
+        )
     else:
         found = "it has no dropkit layer. Build it with dropkit.nn.Dropout where units are to drop, and train it so"
     return f"a model in which no mask acts was given, so all members would be the same network: {found}."

@@ -41,6 +41,11 @@ def _draw(name: str, layer: bool, purpose: int = address.NOISE) -> Tensor:
 
 
 def _draw_fake(name: str, layer: bool, purpose: int = address.NOISE) -> Tensor:
+    # Where gradients are needed, torch merges equal nodes of a graph, and spares random ones by a list, not by the tag:
+    # two draws of a layer, or of two without a name, would be one. Here a graph is being made, so the list is loaded.
+    spared = getattr(sys.modules.get("torch._functorch.compile_utils"), "rand_ops", [])
+    if torch.ops.dropkit.draw not in spared:
+        spared.append(torch.ops.dropkit.draw)
     return torch.empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 

@@ -92,8 +92,10 @@ def cosine_and_sine(word: Tensor) -> tuple[Tensor, Tensor]:
 
 def gaussian(word: Tensor) -> Tensor:
     """Standard normal noise from pairs of words; (B, even) to the same shape, float64."""
-    # NumPy's root: torch.sqrt may ask a vector library, of whose roots 1 % are not rounded as IEEE 754 has it.
-    radius = torch.from_numpy(np.sqrt(minus_two_log(word[..., 0::2]).numpy()))
+    square = minus_two_log(word[..., 0::2])
+    # NumPy's root: torch.sqrt may ask a vector library, of whose roots 1 % are not rounded as IEEE 754 has it. On
+    # other devices torch's root is the hardware's or compiler's own, which for float64 is.
+    radius = torch.from_numpy(np.sqrt(square.numpy())) if square.device.type == "cpu" else square.sqrt()
     cosine, sine = cosine_and_sine(word[..., 1::2])
     return torch.stack([radius * cosine, radius * sine], dim=-1).flatten(-2)
 

@@ -123,7 +123,11 @@ def noise_rows(
         start, stop: range of blocks among the rows * ceil(width / 4); the unit that threads share out.
     """
     per_row = (width + WORDS - 1) // WORDS
-    block, sample, words = np.empty(BATCH, np.uint64), np.empty(BATCH, np.uint64), np.empty(WORDS_DRAWN, np.uint64)
+    block, sample, words = (
+        np.empty(BATCH, np.uint64),
+        np.empty(BATCH, np.uint64),
+        np.empty(WORDS_DRAWN, np.uint64),
+    )
     noise = np.empty(2 * PAIRS, np.float64)
     radius, cosines, sines = np.empty(PAIRS), np.empty(PAIRS), np.empty(PAIRS)
     for first in range(start, stop, BATCH):
@@ -145,7 +149,11 @@ def word_rows(out: Array, key: np.uint64, member: np.uint64, samples: Array, ste
     """Fill (rows * width,) uint32 with `noise.words`."""
     per_row = (width + WORDS - 1) // WORDS
     blocks = per_row * len(samples)
-    block, sample, words = np.empty(BATCH, np.uint64), np.empty(BATCH, np.uint64), np.empty(WORDS_DRAWN, np.uint64)
+    block, sample, words = (
+        np.empty(BATCH, np.uint64),
+        np.empty(BATCH, np.uint64),
+        np.empty(WORDS_DRAWN, np.uint64),
+    )
     word = words.view(np.uint32)
     for first in range(0, blocks, BATCH):
         last = min(first + BATCH, blocks)

@@ -114,7 +114,7 @@ def _noise_at(x: Tensor, where: Tensor, p: Tensor, shared: Sequence[int], law: s
     step, row_offset, batch_shared = where[2:HEAD].tolist()
     samples = where[HEAD:] if len(where) > HEAD else None
     dims = (0, *shared) if batch_shared and x.ndim and 0 not in shared else shared
-    return noise_on_cpu(x, where[0], where[1], p, samples, step, row_offset, dims, law)
+    return torch.ops.dropkit.noise(x, where[0], where[1], p, samples, step, row_offset, dims, law)
 
 
 def _fake(x: Tensor, *_: Any) -> Tensor:
@@ -132,7 +132,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _library.impl("noise", noise_on_cpu, "CPU")
-_library.impl("noise_at", _noise_at, "CPU")
+_library.impl("noise_at", _noise_at, "CompositeExplicitAutograd")
 torch.library.register_fake("dropkit::noise", _fake, lib=_library)
 torch.library.register_fake("dropkit::noise_at", _fake, lib=_library)
 torch.library.register_autograd("dropkit::noise_at", _backward, setup_context=_save_address, lib=_library)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,7 +207,11 @@ def _composite(
 ) -> Tensor:
     """The definition in torch's own operations, which every transform knows; it holds all scores at once."""
     dtype = _working_dtype(query)
-    with torch.autocast(query.device.type, enabled=False):
+    # Tensors without values have no autocast to be switched off.
+    plain: AbstractContextManager[Any] = (
+        nullcontext() if query.is_meta else torch.autocast(query.device.type, enabled=False)
+    )
+    with plain:
         weights = (query.to(dtype) * scores.scale) @ key.to(dtype).mT
         if scores.causal:
             future = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).triu(1)

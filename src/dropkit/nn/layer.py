@@ -57,6 +57,25 @@ class StochasticLayer(nn.Module):
         return context is not None and context.member is not None
 
 
+def rate_now(p: Rate, layer: nn.Module) -> float | Tensor:
+    """p, or what its schedule says: in training at the step of the open context, for a committee its last word.
+
+    Raises:
+        AddressError: p is a schedule, and no context says which step this is.
+    """
+    if not isinstance(p, Schedule):
+        return p
+    if not layer.training:
+        return p.final
+    context = address.current()
+    if context is None:
+        raise AddressError(
+            f"{type(layer).__name__} has a scheduled rate, and no masks(...) context says which step this is. "
+            "Open one for each step: with dropkit.masks(seed=..., step=...)."
+        )
+    return p(context.step)
+
+
 class RateLayer(StochasticLayer):
     """Parent of the layers that have one rate; never built itself.
 
@@ -84,17 +103,7 @@ class RateLayer(StochasticLayer):
         Raises:
             AddressError: p is a schedule, and no context says which step this is.
         """
-        if not isinstance(self.p, Schedule):
-            return self.p
-        if not self.training:
-            return self.p.final
-        context = address.current()
-        if context is None:
-            raise AddressError(
-                f"{type(self).__name__} has a scheduled rate, and no masks(...) context says which step this is. "
-                "Open one for each step: with dropkit.masks(seed=..., step=...)."
-            )
-        return self.p(context.step)
+        return rate_now(self.p, self)
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -122,4 +131,8 @@ def name_sites(model: nn.Module) -> tuple[str, ...]:
         if isinstance(module, StochasticLayer):
             module.site = name
             names.append(name)
+        elif "dropkit_site" in vars(
+            module
+        ):  # a module of another package whose calls `dropkit.convert` serves
+            vars(module)["dropkit_site"] = name
     return tuple(names)
