@@ -134,3 +134,14 @@ def test_equal_draws_of_one_graph_stay_two(backend, layers):
     eager, graph = (output_and_gradients(model, f, x, seed=1) for f in (model, run))
     for ours, theirs in zip(eager, graph, strict=True):
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("p", [0.5, torch.full((16,), 0.5)], ids=["number", "tensor"])
+def test_a_layer_that_is_the_whole_model_has_its_mask_in_a_graph_too(p):
+    layer = dk.nn.Dropout(p)
+    dk.nn.name_sites(layer)  # its name is ""
+    x = torch.ones(4, 16)
+    with dk.masks(seed=3):
+        eager = layer(x)
+    with dk.masks(seed=3):
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), eager)

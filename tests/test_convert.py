@@ -338,6 +338,16 @@ def test_attention_has_the_same_masks_with_and_without_its_weights() -> None:
     assert not torch.allclose(answers[0], network(X, X, X)[0], atol=1e-3)
 
 
+@pytest.mark.parametrize(("layer", "alone"), [(nn.Dropout1d, (4, 9)), (nn.Dropout3d, (4, 2, 3, 2))])
+def test_one_image_without_its_batch_is_row_0(layer: type[nn.Module], alone: tuple[int, ...]) -> None:
+    network = dk.convert(layer(0.5)).model
+    with dk.masks(seed=1, step=2):
+        expected = network(torch.ones(1, *alone))[0]
+    with dk.masks(seed=1, step=2):
+        assert torch.equal(network(torch.ones(alone)), expected)
+    assert {float(value) for value in expected.flatten(1).std(1)} == {0.0}  # whole maps
+
+
 # --- structure --------------------------------------------------------------------------------------------
 
 

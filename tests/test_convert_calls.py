@@ -30,6 +30,14 @@ CALLS: dict[str, tuple[Callable[[bool], Any], Callable[[str], Any]]] = {
         lambda site: dropout(X, 0.3, site=site),
     ),
     "torch.dropout": (lambda on: torch.dropout(X, 0.3, on), lambda site: dropout(X, 0.3, site=site)),
+    "torch.dropout, named": (
+        lambda on: torch.dropout(X, p=0.3, train=on),
+        lambda site: dropout(X, 0.3, site=site),
+    ),
+    "torch.dropout_": (
+        lambda on: torch.dropout_(X.clone(), 0.3, on),
+        lambda site: dropout(X, 0.3, site=site),
+    ),
     "in place": (
         lambda on: F.dropout(X.clone(), 0.3, on, True),
         lambda site: dropout(X.clone(), 0.3, site=site),
@@ -201,10 +209,14 @@ def test_checkpointing_makes_the_same_masks_again() -> None:
     assert torch.equal(*gradients)
 
 
-@pytest.mark.parametrize("function", sorted(SERVERS, key=lambda f: f.__name__), ids=lambda f: f.__name__)
+# torch's own list leaves out the functions that write in place; one of them is among the calls above.
+LISTED = sorted((f for f in SERVERS if not f.__name__.endswith("_")), key=lambda f: f.__name__)
+
+
+@pytest.mark.parametrize("function", LISTED, ids=lambda f: f.__name__)
 def test_the_calls_served_are_functions_that_torch_hands_to_modes(function: Any) -> None:
     """A function that torch renamed would never be met, and its dropout would be torch's."""
-    assert function in set(torch.overrides.get_testing_overrides()) | {torch.nn.functional.dropout}
+    assert function in torch.overrides.get_testing_overrides()
 
 
 # --- what is read in the code -----------------------------------------------------------------------------

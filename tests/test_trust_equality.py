@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import dropkit as dk
-from dropkit.masks import cpu, ops
+from dropkit.masks import ops, threads
 from dropkit.masks.address import signed, site_hash, site_key
 from dropkit.masks.philox import bernoulli_keep, survivor_scale
 
@@ -105,7 +105,7 @@ class Cases:
 @pytest.fixture
 def many_threads(monkeypatch):
     """Small tensors are shared out to threads as large ones are."""
-    monkeypatch.setattr(cpu, "PARALLEL_ELEMENTS", 64)
+    monkeypatch.setattr(threads, "PARALLEL_ELEMENTS", 64)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dropkit as dk
-from dropkit.masks import cpu
+from dropkit.masks import runs_cpu
+from dropkit.masks import threads as threads_of
 from dropkit.masks.address import signed, site_hash, site_key
 from dropkit.masks.philox import bernoulli_keep, lanes, survivor_scale, threshold
 
@@ -48,7 +49,7 @@ def test_runs_are_pieces_of_the_mask(p, length, dtype):
         rate = torch.tensor(p, dtype=torch.float64)
         t, fine = (int(number) for number in threshold(rate))
         y = x.copy()
-        cpu.drop_runs(y, length, ids, firsts, key, member, step, t, fine)
+        runs_cpu.drop_runs(y, length, ids, firsts, key, member, step, t, fine)
         keep = kept_runs(key, int(member), ids, firsts, step, length, p)
         assert np.array_equal(y, np.where(keep, x, 0), equal_nan=True)
 
@@ -65,7 +66,7 @@ def test_softmax_runs_are_the_formula(p, width, rows):
         t, fine = (int(number) for number in threshold(rate))
         scale = float(survivor_scale(rate))
         w, g = weight.copy(), gradient.copy()
-        cpu.drop_softmax_runs(w, g, delta, width, scale, length, ids, firsts, key, member, step, t, fine)
+        runs_cpu.drop_softmax_runs(w, g, delta, width, scale, length, ids, firsts, key, member, step, t, fine)
         keep = kept_runs(key, int(member), ids, firsts, step, length, p)
         expected = weight * (np.where(keep, gradient * scale, 0) - np.repeat(delta, width))
         np.testing.assert_allclose(g, expected, rtol=1e-14, atol=0)
@@ -138,7 +139,13 @@ def test_a_lane_at_the_threshold_stays_and_one_below_falls(name):
     grain=st.sampled_from([1, 2, 64, 128]),
     threads=st.integers(1, 7),
     elements=st.sampled_from(
-        [1, cpu.PARALLEL_ELEMENTS - 1, cpu.PARALLEL_ELEMENTS, 3 * cpu.PARALLEL_ELEMENTS, 1 << 30]
+        [
+            1,
+            threads_of.PARALLEL_ELEMENTS - 1,
+            threads_of.PARALLEL_ELEMENTS,
+            3 * threads_of.PARALLEL_ELEMENTS,
+            1 << 30,
+        ]
     ),
 )
 def test_every_unit_is_worked_on_once(units, grain, threads, elements):
@@ -151,7 +158,7 @@ def test_every_unit_is_worked_on_once(units, grain, threads, elements):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        cpu.in_parallel(run, units, elements, grain)
+        threads_of.in_parallel(run, units, elements, grain)
     finally:
         torch.set_num_threads(before)
     done.sort()
@@ -159,7 +166,7 @@ def test_every_unit_is_worked_on_once(units, grain, threads, elements):
     assert done[-1][1] == units
     assert all(start < stop and start % grain == 0 for start, stop in done)
     # As many shares as there are threads asked for, units to share, and elements worth the waking of one.
-    worth = min(threads, elements // cpu.PARALLEL_ELEMENTS + 1, max(units // grain, 1))
+    worth = min(threads, elements // threads_of.PARALLEL_ELEMENTS + 1, max(units // grain, 1))
     assert len(done) <= worth
     assert len(done) > worth // 2
     assert len(done) > 1 or worth == 1
@@ -176,6 +183,6 @@ def test_a_mistake_in_another_thread_is_raised_here():
     torch.set_num_threads(2)
     try:
         with pytest.raises(ArithmeticError, match="of a share"):
-            cpu.in_parallel(run, 1000, 1 << 30)
+            threads_of.in_parallel(run, 1000, 1 << 30)
     finally:
         torch.set_num_threads(before)

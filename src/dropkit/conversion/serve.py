@@ -180,17 +180,26 @@ def _drop_steps(frame: Frame, x: Tensor, batch_sizes: Tensor, rate: float) -> Te
     return torch.where(kept == 0, torch.zeros_like(x), x * kept)
 
 
+def _plain(server: Server, inplace: bool = False) -> Server:
+    """For torch.dropout and its like, whose flag is called `train`."""
+    return lambda frame, input, p, train: server(frame, input, p, train, inplace)
+
+
 SERVERS: dict[Any, Server] = {
     F.dropout: _dropout,
-    torch.dropout: _dropout,
     F.dropout1d: _channels(3),
     F.dropout2d: _channels(None),  # torch takes three dims for (N, C, L) here, not for one image
     F.dropout3d: _channels(5),
-    torch.feature_dropout: _channels(None),
     F.alpha_dropout: _alpha(False),
-    torch.alpha_dropout: _alpha(False),
     F.feature_alpha_dropout: _alpha(True),
-    torch.feature_alpha_dropout: _alpha(True),
+    torch.dropout: _plain(_dropout),
+    torch.feature_dropout: _plain(_channels(None)),
+    torch.alpha_dropout: _plain(_alpha(False)),
+    torch.feature_alpha_dropout: _plain(_alpha(True)),
+    torch.dropout_: _plain(_dropout, inplace=True),
+    torch.feature_dropout_: _plain(_channels(None), inplace=True),
+    torch.alpha_dropout_: _plain(_alpha(False), inplace=True),
+    torch.feature_alpha_dropout_: _plain(_alpha(True), inplace=True),
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head_attention,
     torch.lstm: _recurrent(torch.lstm),

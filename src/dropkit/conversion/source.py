@@ -17,13 +17,16 @@ from torch import nn
 ANSWERED = frozenset(
     {
         "alpha_dropout",
+        "alpha_dropout_",
         "dropout",
         "dropout1d",
         "dropout2d",
         "dropout3d",
         "dropout_",
         "feature_alpha_dropout",
+        "feature_alpha_dropout_",
         "feature_dropout",
+        "feature_dropout_",
         "multi_head_attention_forward",
         "scaled_dot_product_attention",
     }

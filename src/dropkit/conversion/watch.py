@@ -253,8 +253,8 @@ def _rate_and_mode(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         count, rate, training = args[5:8] if packed else args[4:7]
         on = training and count > 1
     else:
-        alpha = "alpha" in func.__name__ and getattr(F, func.__name__, None) is func
-        rate, on = given(1, "p", 0.5), given(2, "training", not alpha)
+        # torch's functions hand all of their arguments on to a mode, by name.
+        rate, on = given(1, "p", 0.5), given(2, "training", kwargs.get("train", True))
     return float(rate), bool(on) and float(rate) > 0
 
 

@@ -21,26 +21,27 @@ HEAD = 5  # key, member, step, row_offset, batch_shared; row ids follow where th
 
 _library = torch.library.Library("dropkit", "FRAGMENT")
 _library.define(
-    "draw(str name, bool layer, int purpose=1) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
+    "draw(str? name, bool layer, int purpose=1) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
 )
 _library.define("dropout_at(Tensor x, Tensor address, Tensor p, int[] shared) -> Tensor")
 
 
-def _draw(name: str, layer: bool, purpose: int = address.NOISE) -> Tensor:
+def _draw(name: str | None, layer: bool, purpose: int = address.NOISE) -> Tensor:
     """The address of the next draw as numbers, (5,) or (5 + B,) int64.
 
     Args:
-        name: of the site; "" is known by its order in the pass.
+        name: of the site; None is known by its order in the pass.
         layer: True for a layer, which may be called several times in a pass under one name.
         purpose: which use of the site's bits.
     """
-    where = address.draw(sys.intern(name) if layer and name else None, name or None, purpose)
+    owner = sys.intern(name) if layer and name is not None else None
+    where = address.draw(owner, name, purpose)
     numbers = (where.step, where.row_offset, int(where.batch_shared))
     head = torch.stack((*where.tensors(), *map(address.as_int64, numbers)))
     return head if where.samples is None else torch.cat((head, where.samples))
 
 
-def _draw_fake(name: str, layer: bool, purpose: int = address.NOISE) -> Tensor:
+def _draw_fake(name: str | None, layer: bool, purpose: int = address.NOISE) -> Tensor:
     # Where gradients are needed, torch merges equal nodes of a graph, and spares random ones by a list, not by the tag:
     # two draws of a layer, or of two without a name, would be one. Here a graph is being made, so the list is loaded.
     spared = getattr(sys.modules.get("torch._functorch.compile_utils"), "rand_ops", [])
@@ -80,5 +81,5 @@ torch.library.register_autograd("dropkit::dropout_at", _backward, setup_context=
 
 def dropout(x: Tensor, p: Tensor, shared: Sequence[int], name: str | None, layer: bool) -> Tensor:
     """Dropout as the compiler sees it; arguments as in `dropkit.functional.dropout`."""
-    where = torch.ops.dropkit.draw(name or "", layer)
+    where = torch.ops.dropkit.draw(name, layer)
     return torch.ops.dropkit.dropout_at(x, where, p, shared)

@@ -16,12 +16,6 @@ applies in contiguous slices.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import os
-import sys
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -39,7 +33,6 @@ BATCH = (
 VECTOR = 8  # 64-bit numbers in the widest vector: a run of blocks is rounded up to it
 WORDS_DRAWN = 2 * (BATCH + VECTOR)
 SHORT_ROW = 16  # blocks of a row from which on a row is drawn as a run, without a list of counters
-PARALLEL_ELEMENTS = 1 << 17  # below this a second thread costs more than it brings (about 40 us to wake it)
 EVERYTHING = 1 << 16  # the threshold that drops every lane
 
 _U = np.uint64
@@ -393,145 +386,3 @@ SHARED_DOORS = {
     torch.float64: _shared_door(np.float64),
     torch.bfloat16: _shared_door(np.uint16),
 }
-
-
-# From about here on memory comes fresh from the system each time, in pages that must be made.
-FRESH_BYTES = 1 << 24
-_MADV_HUGEPAGE = 14
-_PAGE = mmap.PAGESIZE
-_madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
-
-
-def prefer_large_pages(address: int, size: int) -> None:
-    """Ask the system to back fresh memory with large pages, whose first touch costs a tenth; it need not obey."""
-    if _madvise is not None:
-        first, last = -(-address // _PAGE) * _PAGE, (address + size) // _PAGE * _PAGE
-        _madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_HUGEPAGE)
-
-
-_pool: ThreadPoolExecutor | None = None
-
-
-def _forget_pool() -> None:
-    """Threads do not survive a fork; the child starts its own when it needs them."""
-    global _pool
-    _pool = None
-
-
-os.register_at_fork(after_in_child=_forget_pool)
-
-
-def in_parallel(run: Callable[[int, int], None], units: int, elements: int, grain: int = 1) -> None:
-    """Call run(start, stop) over all units, on as many threads as torch is set to use.
-
-    The kernels release the interpreter lock, so plain threads share the work. (Numba's own thread layers either
-    break after a fork or refuse two callers at a time.)
-
-    Args:
-        run: does the units start <= i < stop.
-        units: how many there are.
-        elements: size of the work, which decides whether threads are worth waking.
-        grain: starts are multiples of this, so that a split falls between batches of counters.
-    """
-    global _pool
-    threads = min(torch.get_num_threads(), elements // PARALLEL_ELEMENTS + 1, max(units // grain, 1))
-    if threads <= 1:
-        run(0, units)
-        return
-    if _pool is None:
-        _pool = ThreadPoolExecutor(max_workers=os.cpu_count() or 1, thread_name_prefix="dropkit")
-    share = -(-units // threads // grain) * grain if units // threads >= grain else grain
-    starts = list(range(share, units, share))
-    futures: list[Future[None]] = [_pool.submit(run, i, min(i + share, units)) for i in starts]
-    run(0, min(share, units))
-    for future in futures:
-        future.result()
-
-
-@njit(nogil=True, cache=True)
-def _run_lanes(
-    first: int, sample_id: np.uint64, key: np.uint64, member: np.uint64, step: int, fine: int, words: Array,
-    second: Array,
-) -> None:  # fmt: skip
-    """Fill `words` with the lanes of BATCH blocks of one sample from block `first` on, refined where fine > 0."""
-    _philox_run(first, sample_id, key, member, _U(step), words)
-    if fine > 0:
-        _philox_run(first | REFINE, sample_id, key, member, _U(step), second)
-        _dropped_by_refinement(words.view(np.uint16), second.view(np.uint16), fine)
-
-
-@njit(nogil=True, cache=True)
-def drop_runs(
-    x: Array, length: int, ids: Array, firsts: Array, key: np.uint64, member: np.uint64, step: int, t: int, fine: int
-) -> None:  # fmt: skip
-    """Drop elements of x in place, unscaled: run u is the elements [firsts[u], firsts[u] + length) of sample ids[u].
-
-    A run may begin and end anywhere, also within a block of eight.
-
-    Args:
-        x: flat, (runs length,).
-        length: elements of a run.
-        ids: (runs,) uint64 sample ids.
-        firsts: (runs,) int64, index of a run's first element in its sample's mask.
-        key, member, step, t, fine: one number each.
-    """
-    words, second = np.empty(2 * BATCH, np.uint64), np.empty(2 * BATCH, np.uint64)
-    lane = words.view(np.uint16)
-    zero = x.dtype.type(0)
-    if t >= EVERYTHING:
-        x[:] = zero
-        return
-    limit = np.uint16(1 if fine > 0 else t)
-    for u in range(len(firsts)):
-        at, stop = u * length, (u + 1) * length
-        first, skip = firsts[u] // LANES, firsts[u] % LANES
-        while at < stop:
-            _run_lanes(first, ids[u], key, member, step, fine, words, second)
-            count = min(LANES * BATCH - skip, stop - at)
-            target, use = x[at : at + count], lane[skip : skip + count]
-            for i in range(count):
-                target[i] = target[i] if use[i] >= limit else zero
-            at, first, skip = at + count, first + BATCH, 0
-
-
-@njit(nogil=True, cache=True)
-def drop_softmax_runs(
-    weight: Array, gradient: Array, delta: Array, width: int, scale: float, length: int, ids: Array, firsts: Array,
-    key: np.uint64, member: np.uint64, step: int, t: int, fine: int,
-) -> None:  # fmt: skip
-    """Backward of dropout and softmax in one pass, in place; runs as in `drop_runs`.
-
-    gradient = weight * (keep * scale * gradient - delta of the row),    then    weight = weight * keep
-
-    Args:
-        weight: flat, (runs length,): the softmax before its dropout; on return dropped, unscaled.
-        gradient: flat likewise: of the dropped weights; on return of the scores.
-        delta: (rows,) sum over a row of weight * its gradient.
-        width: elements of a row; runs hold whole rows.
-        scale: of the survivors.
-        length, ids, firsts, key, member, step, t, fine: as in `drop_runs`.
-    """
-    words, second = np.empty(2 * BATCH, np.uint64), np.empty(2 * BATCH, np.uint64)
-    lane = words.view(np.uint16)
-    zero, factor = weight.dtype.type(0), weight.dtype.type(scale)
-    limit = np.uint16(1 if fine > 0 else min(t, EVERYTHING - 1))
-    nothing_stays = t >= EVERYTHING
-    for u in range(len(firsts)):
-        at, stop = u * length, (u + 1) * length
-        first, skip = firsts[u] // LANES, firsts[u] % LANES
-        while at < stop:
-            if nothing_stays:
-                words[:] = _U(0)
-            else:
-                _run_lanes(first, ids[u], key, member, step, fine, words, second)
-            end = min(at + LANES * BATCH - skip, stop)
-            while at < end:  # to the end of the row, or of the lanes
-                row = at // width
-                count = min((row + 1) * width, end) - at
-                p, g, use, mean = weight[at : at + count], gradient[at : at + count], lane[skip:], delta[row]
-                for i in range(count):
-                    stays = use[i] >= limit
-                    g[i] = p[i] * ((g[i] * factor if stays else zero) - mean)
-                    p[i] = p[i] if stays else zero
-                at, skip = at + count, skip + count
-            first, skip = first + BATCH, 0

@@ -20,9 +20,10 @@ from torch import Tensor
 from dropkit.errors import ProbabilityError
 from dropkit.masks import address, noise_cpu
 from dropkit.masks.compiled import HEAD
-from dropkit.masks.cpu import BATCH, in_parallel
+from dropkit.masks.cpu import BATCH
 from dropkit.masks.noise import WORDS
 from dropkit.masks.ops import _row_ids
+from dropkit.masks.threads import in_parallel
 
 Array = np.ndarray[Any, Any]
 
@@ -180,5 +181,5 @@ def compiled_noise(
     x: Tensor, p: Tensor, shared: Sequence[int], law: str, name: str | None, layer: bool
 ) -> Tensor:
     """The law inside a graph that torch.compile makes; see `compiled.py`."""
-    where = torch.ops.dropkit.draw(name or "", layer, PURPOSES[law])
+    where = torch.ops.dropkit.draw(name, layer, PURPOSES[law])
     return torch.ops.dropkit.noise_at(x, where, p, shared, law)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from dropkit.errors import AddressError, ShapeError
-from dropkit.masks import cpu
+from dropkit.masks import cpu, threads
 from dropkit.masks.address import SAMPLES, SEEDS
+from dropkit.masks.pages import FRESH_BYTES, prefer_large_pages
 from dropkit.masks.philox import LANES, survivor_scale, threshold
 
 Array = np.ndarray[Any, Any]
@@ -174,8 +175,8 @@ def dropout_once(
     elements = x.numel()
     if elements == 0:
         return out
-    if elements * x.element_size() >= cpu.FRESH_BYTES:
-        cpu.prefer_large_pages(out.data_ptr(), elements * out.element_size())
+    if elements * x.element_size() >= FRESH_BYTES:
+        prefer_large_pages(out.data_ptr(), elements * out.element_size())
     layout = _layout(x.shape, shared) if x.dtype in cpu.SHARED_DOORS and x.is_contiguous() else None
     if layout is None:
         ids = _row_ids(samples, x.shape[0] if x.ndim else 1, row_offset, 0 in shared)
@@ -213,10 +214,10 @@ def _knock(
     door: Callable[..., None], arguments: tuple[Any, ...], units: int, elements: int, grain: int = cpu.BATCH
 ) -> None:
     """Call a kernel over all units, on as many threads as the work is worth."""
-    if elements < 2 * cpu.PARALLEL_ELEMENTS:
+    if elements < 2 * threads.PARALLEL_ELEMENTS:
         door(*arguments, 0, units)
     else:
-        cpu.in_parallel(lambda start, stop: door(*arguments, start, stop), units, elements, grain)
+        threads.in_parallel(lambda start, stop: door(*arguments, start, stop), units, elements, grain)
 
 
 @lru_cache(maxsize=4096)
@@ -264,7 +265,7 @@ def _fill(
                 source, *strides, target, mask, factors, replicas, rows, width, sizes, mask_strides, start, stop
             )  # fmt: skip
 
-        cpu.in_parallel(run, groups * replicas * rows * collapsed[0][0], out.numel())
+        threads.in_parallel(run, groups * replicas * rows * collapsed[0][0], out.numel())
         return
     # Other dtypes and memory formats: torch multiplies, in whatever order the memory lies; 16 bits in float32.
     wide = torch.promote_types(out.real.dtype if out.is_complex() else out.dtype, torch.float32)
@@ -288,7 +289,7 @@ def _elementwise(
             source, *strides, target, keys, members, ids, 0, step, t, fine, scale, rows, width, start, stop
         )
 
-    cpu.in_parallel(run, rows * -(-width // LANES), len(target), grain=cpu.BATCH)
+    threads.in_parallel(run, rows * -(-width // LANES), len(target), grain=cpu.BATCH)
 
 
 _library.impl("dropout", dropout_cpu, "CPU")

@@ -16,9 +16,10 @@ from dropkit.errors import AddressError, ShapeError
 from dropkit.masks import address, scattered
 from dropkit.masks.address import SAMPLES, SEEDS
 from dropkit.masks.compiled import HEAD
-from dropkit.masks.cpu import BATCH, in_parallel
+from dropkit.masks.cpu import BATCH
 from dropkit.masks.philox import LANES, threshold
 from dropkit.masks.scattered import find_runs
+from dropkit.masks.threads import in_parallel
 
 Array = np.ndarray[Any, Any]
 
@@ -32,7 +33,7 @@ _library.define("keep_pairs(Tensor address, Tensor pairs, Tensor? batch, Tensor?
 def draw_address(owner: object | None, site: str | None, purpose: int = address.NOISE) -> Tensor:
     """The address of the next draw in one tensor, (5,) or (5 + graphs,) int64, as `compiled.py` has it."""
     if torch.compiler.is_compiling():
-        where: Tensor = torch.ops.dropkit.draw(site or "", owner is not None, purpose)
+        where: Tensor = torch.ops.dropkit.draw(site, owner is not None, purpose)
         return where
     drawn = address.draw(owner, site, purpose)
     numbers = (drawn.key, drawn.member, drawn.step, drawn.row_offset, int(drawn.batch_shared))

@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropkit.errors import OptionError, ShapeError, check_probability
-from dropkit.masks import address, compiled, cpu, ops
+from dropkit.masks import address, compiled, ops, runs_cpu
 from dropkit.masks.address import Draw
 from dropkit.masks.philox import LANES, REFINE
+from dropkit.masks.threads import in_parallel
 from dropkit.nn.softmax import exp_rows, softmax_rows
 
 Array = np.ndarray[Any, Any]
@@ -315,7 +316,7 @@ class _Work:
                     run(slice(i * self.group, min((i + 1) * self.group, self.N)))
 
         try:
-            cpu.in_parallel(share, groups, self.N * self.L * self.S)
+            in_parallel(share, groups, self.N * self.L * self.S)
         finally:
             if groups > 1:
                 torch.set_num_threads(threads)
@@ -366,7 +367,7 @@ class _Work:
                 block = self._make_scores(buffer, group, queries, keys)
                 total = softmax_rows(block.view(-1, keys), logsumexp[group, queries].view(-1))
                 runs = self._runs(group, queries, keys)
-                cpu.drop_runs(block.view(-1).numpy(), *runs, *self.where)
+                runs_cpu.drop_runs(block.view(-1).numpy(), *runs, *self.where)
                 target = out[group, queries]
                 torch.bmm(block, self.v[group, :keys], out=target)
                 factor = torch.where(total == 0, 0, self.scale / total)
@@ -392,7 +393,7 @@ class _Work:
                 upstream = g[group, queries]
                 slope = second[: weights.numel()].view(weights.shape)
                 torch.bmm(upstream, self.v[group, :keys].mT, out=slope)
-                cpu.drop_softmax_runs(
+                runs_cpu.drop_softmax_runs(
                     weights.view(-1).numpy(), slope.view(-1).numpy(), delta[group, queries].view(-1).numpy(), keys,
                     self.scale, *self._runs(group, queries, keys), *self.where,
                 )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropkit.masks.cpu import prefer_large_pages
+from dropkit.masks.pages import prefer_large_pages
 from dropkit.nn import recurrent_cpu as cpu
 from dropkit.nn.recurrent_cells import Step, StepNoise, Weights, gru_step, lstm_step, run_steps
 

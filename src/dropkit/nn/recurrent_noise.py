@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dropkit.errors import AddressError
-from dropkit.masks import address, cpu, ops
+from dropkit.masks import address, ops, runs_cpu
 from dropkit.nn.features import dropout
 from dropkit.nn.sequences import is_plain, one_mask_for_all_rows, times_noise
 
@@ -93,7 +93,7 @@ class NoiseSource:
         ids = ops._row_ids(where.samples, rows, where.row_offset, where.batch_shared)[0]
         firsts = np.full(rows, self.start * width, np.int64)
         key, member = np.array((int(where.key) % address.SEEDS, int(where.member)), np.uint64)
-        cpu.drop_runs(
+        runs_cpu.drop_runs(
             noise.view(-1).numpy(), self.times * width, ids, firsts, key, member, where.step, t, fine
         )
         return noise

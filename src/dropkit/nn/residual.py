@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from dropkit.errors import ShapeError, check_probability
 from dropkit.masks import address, ops, residual_cpu
-from dropkit.masks.cpu import EVERYTHING, in_parallel
+from dropkit.masks.cpu import EVERYTHING
+from dropkit.masks.threads import in_parallel
 from dropkit.nn.features import dropout
 
 _NONE, _LAYER, _RMS = 0, 1, 2

@@ -12,8 +12,9 @@ from torch import Tensor
 from dropkit.errors import ShapeError
 from dropkit.masks import ops
 from dropkit.masks.address import SEEDS, Draw
-from dropkit.masks.cpu import EVERYTHING, in_parallel
+from dropkit.masks.cpu import EVERYTHING
 from dropkit.masks.philox import LANES, REFINE
+from dropkit.masks.threads import in_parallel
 from dropkit.nn import weights_cpu
 from dropkit.nn.convolution import Convolution, as_autocast, map_of
 
