@@ -179,9 +179,7 @@ class TransformerEncoderLayer(_Layer):
 class TransformerDecoderLayer(_Layer):
     """Drop-in for torch.nn.TransformerDecoderLayer: the same arguments, outputs, state dict and first weights.
 
-    Args:
-        d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
-            dtype: as in `TransformerEncoderLayer`.
+    All arguments are as in `TransformerEncoderLayer`.
 
     Raises:
         ProbabilityError: dropout is outside [0, 1].
