@@ -471,7 +471,9 @@ def test_threads_ask_for_members_of_their_own(model: nn.Module) -> None:
     found: dict[int, bool] = {}
 
     def ask(member: int) -> None:
-        found[member] = all(torch.equal(as_member(network, X, member), expected[member]) for _ in range(5))
+        # Another thread may sum with another number of threads, so in another order; another mask moves much more.
+        again = [as_member(network, X, member) for _ in range(5)]
+        found[member] = all(torch.allclose(y, expected[member], rtol=1e-5, atol=1e-6) for y in again)
 
     threads = [threading.Thread(target=ask, args=(k,)) for k in range(4)]
     for thread in threads:
