@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -79,12 +77,6 @@ def broadcast(x: Tensor, shared: Sequence[int]) -> Tensor:
     return x * mask.bernoulli_(1 - P).div_(1 - P)
 
 
-def timm_drop_path(x: Tensor) -> Tensor:
-    """timm's stochastic depth."""
-    result: Tensor = importlib.import_module("timm.layers").drop_path(x, P, training=True)
-    return result
-
-
 @lru_cache(maxsize=1)
 def compiled_dropout() -> Function:
     """torch's dropout as its compiler writes it."""
@@ -141,8 +133,6 @@ LARGE = (16384, 8192)  # what a GPU needs to be busy: 128 M elements
 IMAGES, SMALL_IMAGES = (32, 64, 56, 56), (4, 8, 6, 6)
 WORDS, SMALL_WORDS = (32, 128, 512), (4, 8, 16)
 STEPS, SMALL_STEPS = (100, 32, 256), (6, 4, 8)  # time first
-HAS_TIMM = find_spec("timm") is not None
-DROP_PATH = "timm.layers.drop_path" if HAS_TIMM else "the formula of timm's drop_path in torch"
 
 ROWS: tuple[Row, ...] = (
     Row("forward-float32", "elementwise, forward, float32, 1 M", "torch dropout",
@@ -166,9 +156,9 @@ ROWS: tuple[Row, ...] = (
         "times faster", 3, (1, 2), WORDS, SMALL_WORDS, sharing((1,))),
     Row("token", f"token dropout, forward + backward, {WORDS}", "a broadcast mask in torch",
         "times faster", 3, (1, 2), WORDS, SMALL_WORDS, sharing((2,))),
-    Row("path", f"drop path, forward + backward, {IMAGES}", DROP_PATH,
+    Row("path", f"drop path, forward + backward, {IMAGES}", "the formula of timm's drop_path in torch",
         "times faster", 3, (1, 2), IMAGES, SMALL_IMAGES,
-        sharing((1, 2, 3), timm_drop_path if HAS_TIMM else None)),
+        sharing((1, 2, 3))),
     Row("gpu-copy", f"on a GPU: {gpu.CALLS} calls, forward, bfloat16, 128 M", "a copy",
         "of its time", 1 / 0.9, (1,), LARGE, SMALL, lambda shape: gpu.against_copy(ours, shape, P),
         gpu.kernels_missing),
