@@ -136,3 +136,12 @@ def test_schedules_are_the_curves_they_are_named_for():
         schedules.linear(0.0, 50, 10)
     with pytest.raises(OptionError):
         schedules.early(0.5, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize(
+    "form", [dk.functional.dropout, dk.functional.gaussian_dropout, dk.functional.exact_dropout]
+)
+def test_whole_numbers_are_refused(form, dtype):
+    with pytest.raises(OptionError, match="floating or complex dtype"):
+        form(torch.ones(4, 3, dtype=dtype), 0.5)

@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dropkit as dk
 from dropkit.bench import gpu as bench_gpu
@@ -54,6 +56,18 @@ def test_any_device_gets_the_definition(shape, data, p, dtype, given_ids, key, m
     result = anywhere.dropout_anywhere(x, *where, ids if given_ids else None, step, offset, shared)
     assert torch.equal(result, definition(x, *where[:2], ids, step, where[2], shared))
     assert result.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.1, 0.3])
+def test_16_bits_are_multiplied_in_float32_and_round_once(dtype, p):
+    x, zero, rate = (
+        torch.linspace(1, 2, 400).reshape(20, 20).to(dtype),
+        torch.tensor(0),
+        torch.tensor(p, dtype=DOUBLE),
+    )
+    result = anywhere.dropout_anywhere(x, zero, zero, rate, None, 0, 0, ())
+    assert torch.equal(result, definition(x, zero, zero, torch.arange(20), 0, rate))
 
 
 @settings(max_examples=60)
@@ -100,6 +114,22 @@ def test_noise_on_any_device_is_that_of_the_cpu(law, shape, data, p, dtype, give
     assert torch.equal(anywhere.noise_anywhere(*arguments), noise_ops.noise_on_cpu(*arguments))
 
 
+class OneDevice(TorchDispatchMode):
+    """Refuses operations on tensors of two devices, but for copies and for single numbers of the processor."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        if function not in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+            tensors = [t for t in tree_leaves((arguments, named or {})) if isinstance(t, torch.Tensor)]
+            devices = {t.device.type for t in tensors if t.ndim or t.device.type != "cpu"}
+            assert len(devices) <= 1, f"{function} takes tensors on {devices}"
+        return function(*arguments, **(named or {}))
+
+
+def test_one_device_would_see_a_mixture():
+    with OneDevice(), pytest.raises(AssertionError, match="meta"):
+        torch.empty(3, device="meta").masked_fill_(torch.ones(3, dtype=torch.bool), 0)
+
+
 @pytest.mark.parametrize("address_on", ["cpu", "meta"])
 @pytest.mark.parametrize("shape", [(), (4,), (4, 6), (2, 3, 4, 5)])
 def test_nothing_is_read_back_from_a_device_or_mixed_with_another(address_on, shape):
@@ -108,11 +138,13 @@ def test_nothing_is_read_back_from_a_device_or_mixed_with_another(address_on, sh
     key, member, p = (torch.zeros((), dtype=d, device=address_on) for d in (torch.int64, torch.int64, DOUBLE))
     ids = torch.zeros(shape[0], dtype=torch.int64, device=address_on) if shape else None
     for samples in (None, ids):
-        out = anywhere.dropout_anywhere(x, key, member, p, samples, 0, 0, ())
+        with OneDevice():
+            out = anywhere.dropout_anywhere(x, key, member, p, samples, 0, 0, ())
         assert (out.device, out.dtype, out.shape) == (x.device, x.dtype, x.shape)
     rate = torch.tensor(0.3, dtype=DOUBLE)
     for law in noise_ops.PURPOSES:
-        out = anywhere.noise_anywhere(x, key, member, rate, ids, 0, 0, (), law)
+        with OneDevice():
+            out = anywhere.noise_anywhere(x, key, member, rate, ids, 0, 0, (), law)
         assert (out.device, out.dtype, out.shape) == (x.device, x.dtype, x.shape)
 
 

@@ -187,6 +187,33 @@ def test_networks_on_a_leading_axis_are_a_loop_over_them(data, shape, dtype, K, 
         assert torch.equal(result[k], definition(own_x, *where, own_ids, 5, own_p, shared))
 
 
+NETWORKS = torch.tensor([11]), torch.tensor([4])
+
+
+@pytest.mark.parametrize("shared", [(), (1,)])
+def test_networks_that_share_bits_have_rates_of_their_own(shared):
+    x, p = torch.rand(1, 5, 16) + 1, torch.tensor([0.1, 0.9, 0.5], dtype=DOUBLE)
+    result = gpu.launch(kernels, x, *NETWORKS, p, None, 0, 0, shared)
+    for own, rate in zip(result, p, strict=True):
+        assert torch.equal(own, definition(x[0], *(n[0] for n in NETWORKS), torch.arange(5), 0, rate, shared))
+
+
+@pytest.mark.parametrize("shared", [(), (1,), (2,), (0, 2)])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (0, 1, 3, 2)])
+@pytest.mark.parametrize("cut", [False, True])
+def test_memory_of_any_order_is_read_and_written_where_it_lies(shared, order, cut):
+    """Also where the result, of more networks than the input has, lies in another order than the input."""
+    x = torch.arange(1.0, 1 + 5 * 4 * 3 * 8).reshape(5, 4, 3, 8)
+    if cut:
+        x = torch.cat((x, -x), dim=-1)
+    x = x.permute(order).contiguous().permute([order.index(dim) for dim in range(4)])[..., :8]
+    p = torch.tensor([0.5], dtype=DOUBLE)
+    expected = definition(x, *(n[0] for n in NETWORKS), torch.arange(5), 0, p[0], shared)
+    assert torch.equal(gpu.launch(kernels, x, *(n[0] for n in (*NETWORKS, p)), None, 0, 0, shared), expected)
+    result = gpu.launch(kernels, x[None], *NETWORKS, p.expand(2), None, 0, 0, shared)
+    assert torch.equal(result, expected.expand(2, *x.shape))
+
+
 @pytest.mark.parametrize("shared", [(), (0,), (1,), (0, 1)])
 def test_what_is_dropped_is_zero_whatever_it_was(shared):
     x = torch.tensor([[math.nan, math.inf, -math.inf, 1.0]]).repeat(50, 1)

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dropkit.errors import OptionError
 from dropkit.masks import address, compiled, noise_ops, ops
 
 LawName = Literal["bernoulli", "gaussian", "uniform", "exact"]
@@ -40,9 +41,12 @@ def multiply(
         (B, *features); x itself where p is the number 0.
 
     Raises:
+        OptionError: x holds whole numbers or switches.
         ShapeError: a shared dim that x does not have, or samples that are not one for each row.
         AddressError: the same address was drawn twice in one `masks` context.
     """
+    if not (x.is_floating_point() or x.is_complex()):
+        raise OptionError(f"x of {x.dtype} was given; noise needs a floating or complex dtype: x.float().")
     if torch.compiler.is_compiling():
         dims = ops.normalise_shared(shared, x.ndim)
         rate = torch.as_tensor(p, dtype=torch.float64)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dropkit.errors import AddressError, ShapeError
 from dropkit.masks import cpu, threads
-from dropkit.masks.address import SAMPLES, SEEDS
+from dropkit.masks.address import SAMPLES, SEEDS, as_int64
 from dropkit.masks.pages import FRESH_BYTES, prefer_large_pages
 from dropkit.masks.philox import LANES, survivor_scale, threshold
 
@@ -252,7 +252,7 @@ def _fill(
     if fused and not any(row_shared):
         _elementwise(_memory(x), strides, _memory(out), address, scale, rows, width)
         return
-    keep = torch.empty((groups * replicas, rows, width), dtype=torch.uint8)
+    keep = torch.empty((groups * replicas, rows, width), dtype=torch.uint8, device="cpu")
     ones = np.ones(rows * width, np.uint8)
     _elementwise(ones, (0, 0), keep.numpy().reshape(-1), address, np.ones_like(scale), rows, width)
     collapsed = _collapse(row_sizes, row_shared)
@@ -373,9 +373,10 @@ def dropout(
         if x.requires_grad and torch.is_grad_enabled():
             return _apply_plain(x, address)
         return dropout_once(x, *address)
-    key, member = (torch.as_tensor(v, dtype=torch.int64) for v in (key, member))
-    p = torch.as_tensor(p, dtype=torch.float64)
-    return _Transformable.apply(x, key, member, p, samples, step, row_offset, shared)
+    key, member = as_int64(key), as_int64(member)
+    if not isinstance(p, Tensor):
+        p = torch.tensor(p, dtype=torch.float64, device="cpu")
+    return _Transformable.apply(x, key, member, p.to(torch.float64), samples, step, row_offset, shared)
 
 
 def _is_plain(x: Tensor, *address: Tensor | float) -> bool:
