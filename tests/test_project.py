@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import typer
+from torch.nn import Module
 from typer.testing import CliRunner
 
 import dropkit
@@ -353,3 +354,14 @@ def test_a_skip_fails_the_run_where_nothing_may_be_skipped(
     )  # fmt: skip
     assert run.returncode == code, run.stdout + run.stderr
     assert ("skipped where nothing may be skipped" in run.stdout) == bool(code)
+
+
+def test_the_page_of_kinds_names_every_layer():
+    page = (ROOT / "docs" / "family.md").read_text()
+    layers = {
+        name
+        for name in dropkit.nn.__all__
+        if isinstance(getattr(dropkit.nn, name), type) and issubclass(getattr(dropkit.nn, name), Module)
+    }
+    named = set(re.findall(r"`(\w+)`", page)) | {f"ChannelDropout{n}d" for n in (1, 2, 3)}
+    assert layers <= named
