@@ -18,7 +18,7 @@ import dropkit as dk
 import faulty_dropouts as faulty
 from dropkit.errors import BrokenContractError, DropkitError, OptionError, ProbabilityError, ShapeError
 from dropkit.testing import CHECKS, Outcome, Report, check_dropout, compare
-from dropkit.testing.__main__ import main
+from dropkit.testing.__main__ import main, others
 from dropkit.testing.chance import bernstein_p_value, binomial_p_value
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -391,6 +391,7 @@ def test_the_page_shows_every_check():
 
 def test_the_command_prints_the_table_and_what_was_seen(monkeypatch, capsys):
     monkeypatch.setattr("dropkit.testing.__main__.SUBJECTS", (("mine", faulty.Sound), ("theirs", nn.Dropout)))
+    monkeypatch.setattr("dropkit.testing.__main__.OTHERS", ())
     assert main(["--quick"]) == 0
     printed = capsys.readouterr().out
     assert "| check | law | `mine` | `theirs` |" in printed
@@ -400,6 +401,18 @@ def test_the_command_prints_the_table_and_what_was_seen(monkeypatch, capsys):
     )
     assert "compiles_without_a_graph_break" not in printed
     assert "- `nothing_is_kept_for_backward`: 4 bytes are kept for each element of the mask" in printed
+
+
+def test_others_are_tried_where_they_are_and_named_where_they_are_not(monkeypatch, capsys):
+    there = ("numpy's", "numpy", "numpy", lambda numpy: faulty.Sound, {"kind": "elementwise"})
+    absent = ("nobody's", "no-such-distribution", "numpy", lambda numpy: nn.Dropout, {})
+    broken = ("half", "numpy", "numpy.no_such_module", lambda module: nn.Dropout, {})
+    monkeypatch.setattr("dropkit.testing.__main__.OTHERS", (there, absent, broken))
+    ((name, thing, options),) = others()
+    assert (name.split()[0], thing, options) == ("numpy's", faulty.Sound, {"kind": "elementwise"})
+    said = capsys.readouterr().err
+    assert "nobody's: not installed" in said
+    assert "half: cannot be imported (ModuleNotFoundError" in said
 
 
 def test_the_command_refuses_what_it_does_not_know():
