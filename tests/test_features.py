@@ -145,3 +145,11 @@ def test_schedules_are_the_curves_they_are_named_for():
 def test_whole_numbers_are_refused(form, dtype):
     with pytest.raises(OptionError, match="floating or complex dtype"):
         form(torch.ones(4, 3, dtype=dtype), 0.5)
+
+
+@pytest.mark.parametrize("rates", [[0.1, 1.5], [-0.1, 0.2], [0.1, float("nan")]])
+def test_a_layer_refuses_a_tensor_with_a_rate_outside(rates):
+    with pytest.raises(ProbabilityError, match="every chance lies in"):
+        dk.nn.Dropout(torch.tensor(rates))
+    with pytest.raises(ProbabilityError, match="floating-point"):
+        dk.nn.Dropout(torch.tensor([0, 1]))
