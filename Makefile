@@ -5,6 +5,7 @@
 # make nightly  what takes hours: the sampled tests of the masks at 20 times their size, the battery, every mutant
 # make battery  dieharder on the bits of the masks, into docs/battery.txt; needs the program dieharder
 # make mutation changes the kernels in one place at a time, and says which change no test notices
+# make peers    an environment in .peers for `dropkit bench --slow "committee-*"`, with the packages compared with
 # make clean    remove what the targets above made
 #
 # Another interpreter: make test PYTHON=python3.12
@@ -12,6 +13,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
+PEERS ?= .peers
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
     "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
@@ -19,7 +21,7 @@ CHECK_TORCH := $(BIN)/python .ci/check_torch.py constraints.txt $(if $(filter tr
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test format docs clean nightly battery mutation
+.PHONY: help demo test format docs clean nightly battery mutation peers
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -44,6 +46,16 @@ $(VENV)/made-dev: $(VENV)/made-package
 	@$(PIP) --editable '.[dev]'
 	@$(CHECK_TORCH)
 	@touch $@
+
+$(VENV)/made-peers: $(VENV)/made-package constraints-peers.txt
+	@echo "== installing the peers"
+	@$(PIP) --no-deps --requirement constraints-peers.txt
+	@$(CHECK_TORCH)
+	@touch $@
+
+peers:
+	@$(MAKE) --no-print-directory VENV=$(PEERS) $(PEERS)/made-peers
+	@echo "Peers:        $(PEERS)/bin/dropkit bench --slow 'committee-*'"
 
 demo: $(VENV)/made-package
 	@echo "== dropkit fit"
@@ -90,4 +102,4 @@ nightly: $(VENV)/made-dev
 	@$(MAKE) --no-print-directory battery mutation
 
 clean:
-	rm -rf $(VENV) $(DEMO) docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) $(DEMO) docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dropkit as dk
-from dropkit.committee import ClassificationPrediction, Committee, RegressionPrediction
-from dropkit.errors import DropkitWarning, NoMaskError, OptionError, ShapeError
+from dropkit.committee import ClassificationPrediction, Committee, RegressionPrediction, plan, run
+from dropkit.errors import DropkitWarning, LackOfMemoryError, NoMaskError, OptionError, ShapeError
 
 T = TypeVar("T")
 Module = Callable[[], nn.Module]
@@ -120,14 +120,14 @@ def transformer() -> nn.Module:
 
 
 MODELS: dict[str, tuple[Module, str]] = {
-    "mlp": (mlp, "vmap"),
-    "inplace": (writing_in_place, "vmap"),
-    "input": (lambda: nn.Sequential(dk.nn.Dropout(0.5, inplace=True), nn.Linear(5, 1)), "vmap"),
-    "batch norm": (with_batch_norm, "vmap"),
-    "convolutional": (convolutional, "vmap"),
-    "transformer": (transformer, "vmap"),
-    "functional": (Functional, "vmap"),
-    "twice": (Twice, "vmap"),
+    "mlp": (mlp, "thinned"),
+    "inplace": (writing_in_place, "thinned"),
+    "input": (lambda: nn.Sequential(dk.nn.Dropout(0.5, inplace=True), nn.Linear(5, 1)), "thinned"),
+    "batch norm": (with_batch_norm, "batched"),
+    "convolutional": (convolutional, "batched"),
+    "transformer": (transformer, "batched"),
+    "functional": (Functional, "batched"),
+    "twice": (Twice, "thinned"),
     "branching": (Branching, "loop"),
 }  # fmt: skip
 
@@ -209,10 +209,11 @@ def test_members_run_together_are_members_run_alone(
         raise RuntimeError("no vmap today")
 
     monkeypatch.setattr(torch.func, "vmap", broken)
+    monkeypatch.setattr(plan, "find_perceptron", lambda network: None)
     slow = Committee(model, members=6, seed=2, tile=4)
     assert slow.plan(x).how == "loop"
     torch.testing.assert_close(together, slow.samples(x), rtol=1e-5, atol=1e-6)
-    if how == "vmap":
+    if how == "batched":
         assert "no vmap today" in slow.plan(x).reason
 
 
@@ -273,7 +274,7 @@ def test_chunks_of_any_size_change_no_bit(sizes: list[int], tile: int) -> None:
 
 @given(rows=st.integers(0, 30), tile=st.integers(1, 9))
 @settings(max_examples=10)
-def test_the_model_sees_whole_tiles_only(rows: int, tile: int) -> None:
+def test_the_model_sees_tiles_and_what_is_left(rows: int, tile: int) -> None:
     seen = set()
 
     class Watching(nn.Module):
@@ -283,7 +284,8 @@ def test_the_model_sees_whole_tiles_only(rows: int, tile: int) -> None:
 
     model = nn.Sequential(Watching(), dk.nn.Dropout(0.5), nn.Linear(5, 1))
     assert Committee(model, members=2, tile=tile).samples(normal(rows, 5) + 9).shape == (2, rows, 1)
-    assert seen == {(tile, 5)}
+    sizes = {tile if rows >= tile else 0, rows % tile if rows else 1} - {0}
+    assert seen == {(size, 5) for size in sizes}
 
 
 def test_order_and_company_of_rows_do_not_matter(case: tuple[nn.Module, str]) -> None:
@@ -418,18 +420,21 @@ def test_an_output_of_the_wrong_shape_is_refused(likelihood: str, outputs: int) 
 def test_members_are_drawn_until_the_error_is_below_the_tolerance() -> None:
     model, x = mlp(), normal(5, 5)
     committee = Committee(model, members=8, seed=1)
-    start = committee.predict(x)
-    tolerance = float(start.standard_error.max()) / 3
-    reached = committee.predict(x, tolerance=tolerance)
+    tolerance = float(committee.predict(x).standard_error.max()) / 3
+    reached = committee.predict(x, tolerance=(tolerance, math.inf))
     assert float(reached.standard_error.max()) <= tolerance
-    assert reached.members > 8
-    assert (
-        float(reached.first(reached.members // 2).standard_error.max()) > tolerance
-    )  # no more than needed, doubling
-    torch.testing.assert_close(reached.samples[:8], start.samples)
-    assert committee.predict(x, tolerance=1e9).members == 8
-    with pytest.warns(DropkitWarning, match="was not reached: .* with 20 members"):
-        assert committee.predict(x, tolerance=1e-9, maximum=20).members == 20
+    assert int(reached.members.max()) > 8
+    assert bool(reached.converged.all())
+    # A row's members are those of the committee, the first so many of them.
+    for row, members in enumerate(reached.members.tolist()):
+        alone = Committee(model, members=members, seed=1).predict(x)
+        torch.testing.assert_close(reached.mean[row], alone.mean[row].double(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            reached.epistemic[row], alone.epistemic[row].double(), rtol=1e-4, atol=1e-6
+        )
+    assert committee.predict(x, tolerance=1e9).members.tolist() == [8] * 5
+    with pytest.warns(DropkitWarning, match="tolerance"):
+        assert committee.predict(x, tolerance=1e-9, maximum=20).members.tolist() == [20] * 5
 
 
 def test_the_tolerance_is_about_probabilities_for_classes() -> None:
@@ -442,56 +447,85 @@ def test_the_tolerance_is_about_probabilities_for_classes() -> None:
 
 def test_a_model_in_which_no_mask_acts_is_refused() -> None:
     x = normal(3, 5)
-    with pytest.raises(NoMaskError, match="no dropkit layer"):
+    with pytest.raises(NoMaskError, match="it has no dropout"):
         Committee(nn.Linear(5, 1)).predict(x)
-    with pytest.raises(NoMaskError, match=r"1 \(torch.nn.AlphaDropout\)"):
-        Committee(nn.Sequential(nn.Linear(5, 1), nn.AlphaDropout(0.5))).predict(x)
-    with pytest.raises(NoMaskError, match=r"torch.nn.LSTM"):
-        Committee(nn.ModuleDict({"recurrent": nn.LSTM(5, 5, 2, dropout=0.5)})["recurrent"]).predict(
-            x[:, None]
-        )
     unused = nn.Linear(5, 1)
     unused.drop = dk.nn.Dropout(0.5)
     with pytest.raises(NoMaskError, match="never reached by the pass: drop"):
         Committee(unused).predict(x)
-    certain = Committee(unused, members=2, allow_no_spread=True).predict(x)
+    certain = Committee(unused, members=2, allow=("no spread",)).predict(x)
     assert torch.equal(certain.epistemic, torch.zeros(3, 1))
 
 
-def test_rates_of_zero_are_legal_but_said() -> None:
+def test_rates_of_zero_are_refused_unless_accepted() -> None:
     model, x = mlp(p=0.0), normal(3, 5)
-    with pytest.warns(DropkitWarning, match="every rate is 0"):
-        prediction = Committee(model).predict(x)
+    with pytest.raises(NoMaskError, match="every rate is 0"):
+        Committee(model).predict(x)
+    accepted = Committee(model, allow=("no spread",))
+    prediction = accepted.predict(x)
     assert torch.equal(prediction.epistemic, torch.zeros(3, 1))
     torch.testing.assert_close(prediction.mean, model.eval()(x).detach())
-    quiet = Committee(model, allow_no_spread=True)
-    assert torch.equal(quiet.predict(x).samples, prediction.samples)
-    assert quiet.plan(x).how == "once"
+    assert accepted.plan(x).how == "once"
 
 
-def test_noise_that_stays_silent_is_named() -> None:
-    model = nn.Sequential(mlp(), nn.Linear(1, 1))
+def test_dropout_of_torch_is_converted_without_a_word() -> None:
+    torch.manual_seed(0)
+    ours, x = mlp(), normal(3, 5)
+    theirs = nn.Sequential(
+        *(nn.Dropout(layer.p) if isinstance(layer, dk.nn.Dropout) else layer for layer in ours)
+    )
+    committee = Committee(theirs, members=5, seed=3)
+    assert torch.equal(committee.samples(x), Committee(ours, members=5, seed=3).samples(x))
+    assert committee.conversion is not None
+    assert len(committee.conversion.replaced) == 2
+    assert type(theirs[2]) is nn.Dropout
+
+
+def test_noise_that_stays_silent_is_named_and_refused() -> None:
+    model, x = nn.Sequential(mlp(), nn.Linear(1, 1)), normal(3, 5)
     model[1].unused = dk.nn.Dropout(0.5)
-    model[1].torch_own = nn.Dropout(0.1)
-    with pytest.warns(DropkitWarning, match=r"1.unused \(not reached\)', '1.torch_own \(torch.nn.Dropout\)"):
-        Committee(model).predict(normal(3, 5))
+    with pytest.raises(NoMaskError, match=r"1.unused \(not reached\)"):
+        Committee(model).predict(x)
+    accepted = Committee(model, allow=("silent sites",))
+    assert accepted.plan(x).silent == ("1.unused (not reached)",)
+    assert "1.unused" in str(accepted.plan(x))
+    assert float(accepted.predict(x).epistemic.min()) > 0
 
 
-def test_dropout_on_the_output_is_pointed_out() -> None:
+class Random(nn.Module):
+    """Draws from torch's generator wherever it runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
+def test_other_random_numbers_are_refused() -> None:
+    model, x = nn.Sequential(Random(), mlp()), normal(3, 5)
+    with pytest.raises(OptionError, match="draws other random numbers in evaluation"):
+        Committee(model, allow=("silent sites",)).predict(x)
+    accepted = Committee(model, members=3, allow=("silent sites", "other randomness"))
+    assert not torch.equal(accepted.samples(x), accepted.samples(x))
+
+
+def test_dropout_on_the_output_is_refused() -> None:
     model, x = nn.Sequential(nn.Linear(5, 1), dk.nn.Dropout(0.5), nn.Flatten()), normal(3, 5)
-    with pytest.warns(DropkitWarning, match="output is that of dropout layer '1'"):
-        prediction = Committee(model, members=2000).predict(x)
-    # What it warns of is so: the spread is |y| sqrt(p / (1 - p)) and nothing else; here five standard errors.
+    with pytest.raises(NoMaskError, match="output is that of dropout layer '1'"):
+        Committee(model, members=2000).predict(x)
+    prediction = Committee(model, members=2000, allow=("dropout on the output",)).predict(x)
+    # What it says is so: the spread is |y| sqrt(p / (1 - p)) and nothing else; here five standard errors.
     y = model.eval()(x).detach().abs()
     assert bool(((prediction.epistemic.sqrt() / y - 1).abs() < 0.05).all())
 
 
-def test_masks_that_do_not_reach_the_output_are_pointed_out() -> None:
-    committee = Committee(mlp(), members=4)
+def test_masks_that_do_not_reach_the_output_are_refused() -> None:
+    model, x = mlp(), normal(3, 5)
+    committee = Committee(model, members=4)
+    assert float(committee.predict(x).epistemic.min()) > 0
     with torch.no_grad():
-        committee.member(0).network[6].weight.zero_()
-    with pytest.warns(DropkitWarning, match="all members agree to the last bit"):
-        committee.predict(normal(3, 5))
+        model[6].weight.zero_()
+    with pytest.raises(NoMaskError, match="all members agree to the last bit"):
+        committee.predict(x)
+    assert float(Committee(model, members=4, allow=("no spread",)).predict(x).epistemic.max()) == 0
 
 
 def test_a_committee_that_works_says_nothing(case: tuple[nn.Module, str]) -> None:
@@ -521,23 +555,235 @@ def test_mistakes_are_named() -> None:
         committee.predict(x, tolerance=math.nan)
     with pytest.raises(OptionError, match="maximum"):
         committee.predict(x, tolerance=0.1, maximum=3)
-    with pytest.raises(ShapeError, match="list was given"):
+    with pytest.raises(ShapeError, match="list without tensors was given"):
         committee.predict([[0.0] * 5])
-    with pytest.raises(ShapeError, match="tuple"):
-        Committee(nn.LSTM(5, 5), allow_no_spread=True).predict(x[:, None])
-    with pytest.raises(ShapeError, match=r"\(rows, \*out\)"):
+    with pytest.raises(ShapeError, match=r"\(1, 1, 5\) for 3 rows"):
+        Committee(nn.LSTM(5, 5), allow=("no spread",)).predict(x[:, None])
+    with pytest.raises(OptionError, match="'silent sites'"):
+        Committee(model, allow="no spread")
+    with pytest.raises(OptionError, match="memory"):
+        Committee(model, memory=0)
+    with pytest.raises(ShapeError, match=r"holds the tensor \(15,\) for 3 rows"):
         Committee(nn.Sequential(dk.nn.Dropout(0.5), nn.Flatten(0))).predict(x)
 
 
 def test_the_memory_of_a_pass_is_bounded_by_a_fixed_rule() -> None:
-    small, large = (
-        Committee(mlp()).plan(normal(3, 5)),
-        Committee(nn.Sequential(nn.Linear(5, 4000), dk.nn.Dropout(0.5), nn.Linear(4000, 1))),
+    def plan_of(width: int) -> plan.Plan:
+        layers = nn.Linear(5, width), dk.nn.Dropout(0.5), nn.GELU(), nn.Linear(width, 1)
+        return Committee(nn.Sequential(*layers)).plan(normal(256, 5))
+
+    small, wide, huge = plan_of(16), plan_of(1000), plan_of(20_000)
+    assert (small.how, small.members_at_once, small.widest) == ("batched", 512, 16)
+    assert small.bytes == 512 * 256 * 16 * 4
+    assert wide.widest == 1000
+    assert wide.bytes <= 8 * 2**20 < 2 * wide.bytes
+    assert (huge.how, huge.members_at_once) == ("loop", 1)
+    assert "loop" in str(huge)
+
+
+# --- how it is run ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def always_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small models are recorded too, and the kernel for perceptrons is not used."""
+    monkeypatch.setattr(plan, "RECORD_FROM", 0.0)
+    monkeypatch.setattr(plan, "find_perceptron", lambda network: None)
+
+
+def ways(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one way of running a recorded model look cheapest."""
+    original = min
+
+    def pick(seconds: object, key: object = None) -> object:
+        return how if isinstance(seconds, dict) and how in seconds else original(seconds, key=key)
+
+    monkeypatch.setattr(plan, "min", pick, raising=False)
+
+
+@pytest.mark.parametrize("how", ["loop", "batched", "thinned"])
+def test_a_recorded_model_has_the_members_of_the_model(
+    case: tuple[nn.Module, str], how: str, always_recorded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, expected = case
+    x = normal(11, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "RECORD_FROM", math.inf)
+        by_hand = Committee(model, members=5, seed=4, tile=4).samples(x)
+    ways(how, monkeypatch)
+    committee = Committee(model, members=5, seed=4, tile=4)
+    torch.testing.assert_close(committee.samples(x), by_hand, rtol=1e-5, atol=1e-5)
+    decided = committee.plan(x)
+    assert decided.recorded is (expected != "loop")  # `branching` looks at its activations
+    if decided.recorded:
+        assert decided.how in (how, "batched", "loop")
+        assert decided.how == how or how not in decided.seconds
+    else:
+        assert "could not be recorded" in str(decided)
+
+
+class Counting(nn.Module):
+    """Counts how often, and on how many rows, it is run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).relu()
+
+
+def test_what_no_mask_touches_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 20 layers before the mask, 1 behind: a member costs a twentieth of a pass. Branches, too.
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = nn.Sequential(*(Counting() for _ in range(20)))
+            self.side, self.drop, self.head = Counting(), dk.nn.Dropout(0.5), nn.Linear(64, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.trunk(x)
+            return self.head(self.drop(h) + self.side(x))
+
+    monkeypatch.setattr(plan, "RECORD_FROM", 0.0)
+    committee = Committee(Net(), members=10)
+    decided = committee.plan(normal(32, 64))
+    rows = 32
+    assert decided.dense == rows * (21 * 64 * 64 + 64)
+    assert decided.prefix == rows * 21 * 64 * 64
+    assert decided.suffix == rows * 64
+
+
+def test_rows_are_kept_in_blocks_that_fit_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "RECORD_FROM", 0.0)
+    model, x = nn.Sequential(nn.Linear(5, 32), dk.nn.Dropout(0.5), nn.GELU(), nn.Linear(32, 1)), normal(40, 5)
+    roomy = Committee(model, members=5, tile=4)
+    kept = roomy.plan(x[:4]).kept
+    assert kept > 0
+    tight = Committee(model, members=5, tile=4, memory=2 * kept)
+    sizes = [len(block) for block, _, _ in tight._blocks(x, 40, None, False)]
+    assert sizes == [2] * 5
+    assert torch.equal(tight.samples(x), roomy.samples(x))
+
+
+def test_less_memory_means_smaller_pieces_and_then_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = mlp(), normal(12, 5)
+    expected = Committee(model, members=8, tile=4).samples(x)
+    asked: list[tuple[int, int]] = []
+
+    def scarce(limit: int) -> None:
+        def ask(way: run.Way, tiles: list[run.Tile], start: int, stop: int, at_once: int) -> list[run.Leaves]:
+            asked.append((len(tiles), min(at_once, stop - start)))
+            if len(tiles) * min(at_once, stop - start) > limit:
+                raise RuntimeError(
+                    "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"
+                )
+            return original(way, tiles, start, stop, at_once)
+
+        monkeypatch.setattr(run, "ask", ask)
+
+    original = run.ask
+    scarce(2)
+    torch.testing.assert_close(Committee(model, members=8, tile=4).samples(x), expected, rtol=1e-5, atol=1e-6)
+    assert asked[0] == (3, 8)
+    assert (1, 2) in asked
+    scarce(0)
+    with pytest.raises(LackOfMemoryError, match="one member on 4 rows does not fit"):
+        Committee(model, members=8, tile=4).samples(x)
+
+
+def test_rows_may_have_masks_of_their_own() -> None:
+    model, x = mlp(), normal(1, 5).expand(64, 5)
+    fresh = Committee(model, members=16, per_row=True, tile=16)
+    samples = fresh.samples(x)
+    assert len(samples[0].unique()) > 32  # equal rows, other masks
+    assert len(Committee(model, members=16).samples(x)[0].unique()) == 1
+    # A row is known by its id, whatever it comes with; by default its place.
+    torch.testing.assert_close(fresh.samples(x[:3], ids=torch.tensor([7, 40, 2])), samples[:, [7, 40, 2]])
+    chunks = fresh.predict_chunks(x.split(9))
+    torch.testing.assert_close(torch.cat([part.samples for part in chunks], dim=1), samples)
+    with dk.masks(seed=0, member=3, samples=torch.arange(64)):
+        network = copy.deepcopy(model).eval()
+        dk.nn.name_sites(network)
+        torch.testing.assert_close(network(x).detach(), samples[3])
+
+
+# --- members as modules, derivatives ----------------------------------------------------------------------
+
+
+def test_a_member_is_a_smaller_module() -> None:
+    torch.manual_seed(0)
+    model = mlp(p=0.5).double()
+    committee, x = Committee(model, members=4, seed=2), normal(6, 5).double()
+    small = committee.member(3, x)
+    torch.testing.assert_close(small(x), committee.samples(x)[3], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(small(x[:2]), small(x)[:2], rtol=1e-12, atol=1e-12)
+    count = sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for p in small.parameters()) < 0.6 * count
+    with pytest.warns(DropkitWarning, match="could not be recorded"):
+        assert isinstance(Committee(Branching(), members=4).member(1, normal(3, 5)), nn.Module)
+
+
+# --- structured inputs and outputs ------------------------------------------------------------------------
+
+
+class Molecule(nn.Module):
+    """Takes named inputs, gives an energy and what follows from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor, scale: Tensor) -> dict[str, object]:
+        energy = self.net(x) * scale
+        return {"energy": energy[:, 0], "unit": "eV", "parts": (energy, energy.expand(-1, 3) + x[:, :3])}
+
+
+def test_a_structure_comes_back_as_it_was() -> None:
+    torch.manual_seed(0)
+    model, x, scale = Molecule(), normal(7, 5), normal(7, 1)
+    committee = Committee(model, members=6, tile=4)
+    answer = committee.predict({"x": x, "scale": scale.numpy()})
+    assert answer["unit"] == "eV"
+    assert isinstance(answer["energy"], RegressionPrediction)
+    assert answer["parts"][1].mean.shape == (7, 3)
+    samples = committee.samples((x, scale))
+    torch.testing.assert_close(answer["parts"][0].samples, samples["parts"][0])
+    torch.testing.assert_close(samples["energy"][2], committee.member(2)(x, scale)["energy"].detach())
+    chunks = committee.predict_chunks([{"x": x[:3], "scale": scale[:3]}, {"x": x[3:], "scale": scale[3:]}])
+    assert torch.equal(
+        torch.cat([part["energy"].samples for part in chunks], dim=1), answer["energy"].samples
     )
-    wide = large.plan(normal(3, 5))
-    assert (small.how, small.members_at_once, small.widest) == ("vmap", 64, 16)
-    assert small.bytes == 64 * 256 * 16 * 4
-    assert wide.widest == 4000
-    assert wide.bytes <= 8 * 2**20
-    assert wide.members_at_once * 2 * 256 * 4000 * 4 > 8 * 2**20
-    assert "vmap" in str(wide)
+    summary = committee.predict((x, scale), tolerance=10.0)
+    torch.testing.assert_close(summary["energy"].mean, answer["energy"].mean.double())
+    with pytest.raises(ShapeError, match="other numbers of rows"):
+        committee.predict((x, scale[:3]))
+
+
+def test_rows_that_are_not_finite_are_named() -> None:
+    x = normal(6, 5)
+    x[4] = math.inf
+    with pytest.warns(DropkitWarning, match="outputs of 1 of 6 rows are not finite: rows 4"):
+        prediction = Committee(mlp(), members=4).predict(x)
+    assert prediction.not_finite.tolist() == [0, 0, 0, 0, 4, 0]
+
+
+def test_a_model_is_recorded_once_for_tiles_of_all_sizes(
+    always_recorded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = []
+
+    def counted(network: nn.Module, inputs: tuple[Tensor, ...], *rest: object, **options: object) -> object:
+        recorded.append(len(inputs[0]))
+        return original(network, inputs, *rest, **options)
+
+    original = plan.record
+    monkeypatch.setattr(plan, "record", counted)
+    model, x = mlp(), normal(35, 5)
+    committee = Committee(model, members=4, tile=16)
+    samples = committee.samples(x)
+    assert recorded == [16]
+    torch.testing.assert_close(committee.samples(x[32:]), samples[:, 32:], rtol=1e-5, atol=1e-6)
+    assert recorded == [16]
+    committee.samples(x[:1])  # one row is a special case of many operators
+    assert recorded == [16, 1]

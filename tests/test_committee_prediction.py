@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import integrate, stats
 from torch import Tensor
 
 from dropkit.committee.information import entropy
-from dropkit.committee.prediction import ClassificationPrediction, RegressionPrediction, temper
-from dropkit.errors import NotProbabilitiesError, OptionError, ShapeError
+from dropkit.committee.prediction import ClassificationPrediction, RegressionPrediction, temper, warn_of_rows
+from dropkit.errors import DropkitWarning, NotProbabilitiesError, OptionError, ShapeError
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -42,6 +42,64 @@ def test_variances_are_those_of_the_definition(gaussian: RegressionPrediction) -
     np.testing.assert_allclose(gaussian.standard_error.numpy(), samples.std(0, ddof=1) / math.sqrt(7))
     assert torch.equal(gaussian.variance, gaussian.epistemic)
     assert gaussian.members == 7
+
+
+def test_the_law_of_total_variance_holds_for_the_mixture_itself() -> None:
+    # The mixture of the members' normal laws, integrated numerically: its variance is the mean of theirs plus the
+    # variance of their means, divided by M there and by M - 1 in `epistemic`, which speaks of all members there are.
+    means, noise = normal(4, seed=1), normal(4, seed=2).exp()
+    prediction = RegressionPrediction(means[:, None], noise[:, None])
+
+    def moment(k: int, about: float = 0.0) -> float:
+        def summand(y: float) -> float:
+            return float((y - about) ** k * stats.norm.pdf(y, means.numpy(), noise.sqrt().numpy()).mean())
+
+        return float(integrate.quad(summand, -40, 40, limit=400, points=means.tolist())[0])
+
+    variance = moment(2, about=moment(1))
+    assert moment(1) == pytest.approx(float(prediction.mean), abs=1e-9)
+    assert variance == pytest.approx(float(prediction.aleatoric + prediction.epistemic * 3 / 4), rel=1e-7)
+
+
+def test_the_error_of_the_spread_is_what_leaving_members_out_shows() -> None:
+    samples = normal(300, 3, seed=5).exp()  # far from normal: kurtosis of a lognormal law
+    keep = ~torch.eye(300, dtype=torch.bool)
+    without = torch.stack([RegressionPrediction(samples[k]).epistemic.sqrt() for k in keep])
+    jackknife = ((without - without.mean(0)).square().sum(0) * (299 / 300)).sqrt()
+    prediction = RegressionPrediction(samples)
+    torch.testing.assert_close(prediction.standard_error_of_spread, jackknife, rtol=0.1, atol=0.0)
+    under_a_normal_law = prediction.epistemic.sqrt() / math.sqrt(2 * 299)
+    assert bool((jackknife > 1.5 * under_a_normal_law).all())  # the trap is real
+
+
+def test_a_row_that_is_not_finite_is_counted_and_touches_no_other(
+    gaussian: RegressionPrediction, classes: ClassificationPrediction
+) -> None:
+    samples = gaussian.samples.clone()
+    samples[3, 2], samples[5, 2], samples[0, 4] = math.nan, math.inf, -math.inf
+    spoiled = RegressionPrediction(samples, gaussian.noise)
+    assert spoiled.not_finite.tolist() == [0, 0, 2, 0, 1]
+    fine = torch.tensor([0, 1, 3])
+    for name in ("mean", "total", "standard_error", "standard_error_of_spread"):
+        assert torch.equal(getattr(spoiled, name)[fine], getattr(gaussian, name)[fine])
+        assert not bool(getattr(spoiled, name)[[2, 4]].isfinite().any())
+    assert torch.equal(spoiled.interval(0.9).lower[fine], gaussian.interval(0.9).lower[fine])
+    probs = classes.samples.clone()
+    probs[1, 3] = math.nan
+    unknown = ClassificationPrediction(probs)
+    assert unknown.not_finite.tolist() == [0, 0, 0, 1, 0, 0]
+    for name in (
+        "probabilities",
+        "entropy",
+        "mutual_information",
+        "standard_error",
+        "standard_error_of_spread",
+    ):
+        kept = torch.tensor([0, 1, 2, 4, 5])
+        assert torch.equal(getattr(unknown, name)[kept], getattr(classes, name)[kept])
+        assert bool(getattr(unknown, name)[3].isnan().all())
+    with pytest.warns(DropkitWarning, match="2 of 5 rows are not finite: rows 2, 4"):
+        warn_of_rows(spoiled.not_finite)
 
 
 def test_a_small_spread_on_a_large_value_survives_float32() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 from dropkit.errors import DropkitError, DropkitWarning, ModelDirectoryError, TableError
 from dropkit.jobs import fit_table
-from dropkit.tables.directory import write_directory
+from dropkit.directory import write_directory
 from dropkit.tables.model import MOST_MEMBERS, Seen, TableModel
 from dropkit.tables.reading import from_frame
 from table_examples import QUICK, change_model, kinds, measurements, rewrite

@@ -72,6 +72,10 @@ MANY = torch.arange(3), torch.arange(3) + 4, torch.tensor([0.1, 0.5, 0.9], dtype
 X = torch.rand(4, 3, 5)
 GRAPH_OF_EACH = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3, 3])
 EDGES = torch.tensor([[0, 2, 3, 5, 7, 1, 4], [1, 3, 4, 6, 8, 0, 2]])
+QUERIES = tuple(
+    torch.randn(2, 2, 5, 4, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3)
+)
+UNSEEN = torch.ones(5, 5, dtype=torch.bool).tril()
 # By operator: arguments to check it with. An operator that is added needs a line here.
 OPERATORS = {
     "dropkit::dropout": [
@@ -93,6 +97,13 @@ OPERATORS = {
     + [(X.double(), ZERO, ZERO, RATE, IDS, 3, 0, [], law) for law in ("gaussian", "uniform", "exact")],
     "dropkit::noise_at": [
         (X.clone().requires_grad_(), ADDRESS, RATE, [], law) for law in ("gaussian", "uniform", "exact")
+    ],
+    "dropkit::attention_at": [
+        (*QUERIES, None, ADDRESS, RATE, False, 0.5),
+        (*QUERIES, UNSEEN, ADDRESS, RATE, False, 1.0),
+    ],
+    "dropkit::attention_at_backward": [
+        (QUERIES[0].detach(), *(x.detach() for x in QUERIES), None, ADDRESS, RATE, True, 0.5)
     ],
     "dropkit::draw": [("a site", True), ("", False, 2)],
     "dropkit::keep_rows": [

@@ -9,6 +9,7 @@ from dropkit import errors, functional, nn
 from dropkit.masks import masks
 
 if TYPE_CHECKING:
+    from dropkit import measure
     from dropkit.committee import Committee
     from dropkit.conversion import convert, insert, restore, scan
     from dropkit.estimators import DropoutClassifier, DropoutRegressor
@@ -25,6 +26,7 @@ __all__ = [
     "functional",
     "insert",
     "masks",
+    "measure",
     "nn",
     "restore",
     "scan",
@@ -43,6 +45,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "measure":
+        return importlib.import_module("dropkit.measure")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'dropkit' has no attribute {name!r}")

@@ -35,6 +35,22 @@ class NoMaskError(DropkitError, ValueError):
     """A model in which no mask acts: every member would be the same network."""
 
 
+class LackOfMemoryError(DropkitError, MemoryError):
+    """Work that does not fit the machine's memory in the smallest pieces that there are."""
+
+
+class MomentsError(DropkitError, ValueError):
+    """A model whose mean and variance cannot be had without sampling."""
+
+
+class EnumerationError(DropkitError, ValueError):
+    """A model whose masks cannot all be visited."""
+
+
+class MeasurementError(DropkitError, ValueError):
+    """A quantity that cannot be had of this model and these rows, or not as exactly as was asked."""
+
+
 class TableError(DropkitError, ValueError):
     """A table that cannot be read, learned from, or predicted."""
 
@@ -45,6 +61,18 @@ class ModelDirectoryError(DropkitError, ValueError):
 
 class OutputError(DropkitError, OSError):
     """A result that could not be written: the path exists, or the disk refused."""
+
+
+class MissingPackageError(DropkitError, ImportError):
+    """An optional package that is needed here and not installed."""
+
+
+class ExportError(DropkitError, RuntimeError):
+    """A committee that cannot be written as a plain graph."""
+
+
+class EngineError(DropkitError, RuntimeError):
+    """A worker of a cluster that failed."""
 
 
 class BrokenContractError(DropkitError, AssertionError):

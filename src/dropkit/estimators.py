@@ -77,7 +77,7 @@ class _DropoutEstimator(BaseEstimator):
             weight_decay=self.weight_decay, max_epochs=self.max_epochs, validation_share=self.validation_fraction,
             effort=self.effort,
         )  # fmt: skip
-        committee = Committee(self.fit_.network, self.members, int(seed), likelihood, allow_no_spread=True)
+        committee = Committee(self.fit_.network, self.members, int(seed), likelihood, allow=("no spread",))
         held = self.fit_.validation_rows
         self.committee_ = CalibratedCommittee.fit(committee, encoded[held], y[held])
         self.n_iter_ = max(1, self.fit_.best_epoch)

@@ -34,7 +34,7 @@ from dropkit.masks.address import SEEDS
 from dropkit.report import FitReport, Timing, to_html, to_text
 from dropkit.report.summary import data_summary, learning_curves, model_summary, search_summary
 from dropkit.tables.columns import describe_columns
-from dropkit.tables.directory import check_directory, check_output, write_directory, write_file
+from dropkit.directory import check_directory, check_output, write_directory, write_file
 from dropkit.tables.encoder import Encoder
 from dropkit.tables.model import LEAST_MEMBERS, MOST_MEMBERS, Seen, TableModel, answer_columns
 from dropkit.tables.reading import from_frame, open_table
@@ -315,7 +315,7 @@ def _finish(
     """Calibrate, evaluate, and write the directory."""
     x, y, target = prepared.encoded.x, prepared.y, prepared.target
     committee = Committee(
-        fit.network, options.members, options.seed, prepared.likelihood, allow_no_spread=True
+        fit.network, options.members, options.seed, prepared.likelihood, allow=("no spread",)
     )
     held = fit.validation_rows
     asked = CalibratedCommittee.fit(committee, x[held], y[held])

@@ -27,17 +27,21 @@ class Memory:
     kept: int
 
 
-def measure_memory(forward: Callable[[], Tensor], backward: Callable[[Tensor], object] | None) -> Memory:
+def measure_memory(
+    forward: Callable[[], Tensor], backward: Callable[[Tensor], object] | None, *, again: bool = False
+) -> Memory:
     """Count every allocation of torch and numpy during one pass, wherever a function keeps what it keeps.
 
     Args:
         forward: gives one tensor, in memory of its own.
         backward: is given that tensor, or None: forward alone.
+        again: whether forward has been called before.
     """
     os.environ.setdefault(
         "KINETO_LOG_LEVEL", "99"
     )  # or torch's profiler reports its own start on standard error
-    forward()  # what is made once for all calls is no cost of this one
+    if not again:
+        forward()  # what is made once for all calls is no cost of this one
     tracemalloc.start()  # where numpy reports its arrays
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -11,6 +11,7 @@ from typing import Any
 from dropkit import records
 from dropkit.bench.machine import Machine
 from dropkit.bench.memory import Memory
+from dropkit.bench.rivals import Standing
 from dropkit.bench.rows import Measure
 from dropkit.bench.timing import CONTROL_TOLERANCE, Comparison, Interval
 from dropkit.errors import OptionError
@@ -27,6 +28,7 @@ class Result:
         comparison: times; None where only memory is compared.
         ours_memory, peer_memory: bytes of one pass.
         attempts: how often it was timed until the control was quiet; the quietest stands here.
+        standings: of the peers there were to choose from; each timed alone, before the comparison.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Result:
     ours_memory: Memory
     peer_memory: Memory
     attempts: int
+    standings: tuple[Standing, ...] = ()
 
     @property
     def figure(self) -> Interval:
@@ -186,6 +189,7 @@ def to_text(bench: Bench) -> str:
         *_legend(bench),
     ]
     lines += [f"  {item.name}: not run, {item.reason}" for item in bench.missing]
+    lines += _peers(bench)
     for warning in warnings_of(bench):
         lines += ["", *_paragraph(warning)]
     return "\n".join(line.rstrip() for line in lines) + "\n"
@@ -216,8 +220,21 @@ def _legend(bench: Bench) -> list[str]:
     return [f"  {name:<{width}}  {text}" for name, text in said.items()]
 
 
+def _peers(bench: Bench) -> list[str]:
+    """How all peers did where there were several."""
+    lines = [""] if any(result.standings for result in bench.results) else []
+    for result in bench.results:
+        said = [
+            f"{s.name}: {s.reason if s.nanoseconds is None else duration(s.nanoseconds)}"
+            for s in result.standings
+        ]
+        if said:
+            lines += _paragraph(f"{result.name}, {result.threads} thr, each peer alone: {'; '.join(said)}.")
+    return lines
+
+
 def _paragraph(text: str) -> list[str]:
-    return textwrap.wrap(text, 110)
+    return textwrap.wrap(text, 110, break_on_hyphens=False)
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropkit import functional
-from dropkit.bench import gpu, graphs, models, recurrent, weights
+from dropkit.bench import committees, gpu, graphs, models, recurrent, weights
 from dropkit.bench.machine import compiler_missing
+from dropkit.bench.rivals import Contest
 from dropkit.bench.work import Function, Pair, against_multiply, attending, dropping
 from dropkit.errors import OptionError
 
@@ -38,7 +39,7 @@ class Row:
         threads: torch's threads; one result for each number.
         shape: of the input.
         small: a shape on which the check takes no time.
-        make: shape -> both sides.
+        make: shape -> both sides, or ours and several peers, of which the fastest that is right is taken.
         missing: why it cannot run here; "" where it can.
         slow: left out unless asked for.
     """
@@ -51,7 +52,7 @@ class Row:
     threads: tuple[int, ...]
     shape: Shape
     small: Shape
-    make: Callable[[Shape], Pair]
+    make: Callable[[Shape], Pair | Contest]
     missing: Callable[[], str] = str
     slow: bool = False
 
@@ -134,7 +135,7 @@ IMAGES, SMALL_IMAGES = (32, 64, 56, 56), (4, 8, 6, 6)
 WORDS, SMALL_WORDS = (32, 128, 512), (4, 8, 16)
 STEPS, SMALL_STEPS = (100, 32, 256), (6, 4, 8)  # time first
 
-ROWS: tuple[Row, ...] = (
+MASKS: tuple[Row, ...] = (
     Row("forward-float32", "elementwise, forward, float32, 1 M", "torch dropout",
         "times faster", 35, (1,), MILLION, SMALL,
         lambda shape: dropping(ours, torch_dropout, shape, P, backward=False, grad=False)),
@@ -201,6 +202,41 @@ ROWS: tuple[Row, ...] = (
         lambda shape: recurrent.recurring("GRU", shape, P)),
     *(attention_rows(form) if (form := getattr(functional, "scaled_dot_product_attention", None)) else ()),
 )  # fmt: skip
+
+
+def committee_rows() -> tuple[Row, ...]:
+    """Mean and standard deviation over the members of a committee, against Monte Carlo dropout elsewhere."""
+    sampling, threads, best = committees.sampling, (1, 2), "the best peer"
+    perceptron, small = (
+        "MLP 784-2048-2048-10, dropout {p} on hidden units, 1000 rows, 50 members",
+        (32, 6, 12),
+    )
+    image = "ResNet-18 of width 64, 32 images of 16 x 16, dropout 0.5 in the head, 50 members"
+    images, small_images = (50, 32, 3, 16, 16), (32, 3, 3, 8, 8)
+    return (
+        *(Row(f"committee-mlp-{p}", perceptron.format(p=p), best, "times faster", target, threads,
+              (50, 1000, 784), small, partial(lambda rate, shape: sampling(committees.wide_perceptron(rate), shape), p),
+              slow=True) for p, target in ((0.5, 5), (0.1, 1.3))),
+        Row("committee-head", image, "a loop", "times faster", 25, threads, images, small_images,
+            lambda shape: sampling(committees.convnet(p_head=0.5), shape, against="loop"), slow=True),
+        Row("committee-head-floor", image, "one pass and 50 times the last layer, by hand",
+            "of its time", 1.15, threads, images, small_images, lambda shape: committees.floor(shape, 0.5), slow=True),
+        Row("committee-channel", "the same ResNet-18, channel dropout 0.3 between blocks, 16 members", best,
+            "times faster", 2, threads, (16, *images[1:]), small_images,
+            lambda shape: sampling(committees.convnet(p_channel=0.3), shape), slow=True),
+        Row("committee-last-layer", "exact moments of a linear layer 2048-1000 behind dropout 0.5, 256 rows",
+            "1000 samples of the best peer", "times faster", 100, threads, (1000, 256, 2048), (400, 3, 12),
+            lambda shape: committees.exact(shape, 0.5), committees.moments_missing, slow=True),
+        Row("committee-transformer", "Transformer encoder, 4 layers of 256, dropout 0.1, (8, 128, 256), 32 members",
+            best, "times faster", 1.5, threads, (32, 8, 128, 256), (32, 2, 4, 128),
+            lambda shape: sampling(committees.transformer(0.1), shape), slow=True),
+        Row("committee-uci", "MLP 13-50-1, dropout 0.05 on input and hidden units, 51 rows, 10 000 members", best,
+            "times faster", 20, threads, (10_000, 51, 13), (300, 5, 4),
+            lambda shape: sampling(committees.small_perceptron(0.05), shape), slow=True),
+    )  # fmt: skip
+
+
+ROWS: tuple[Row, ...] = (*MASKS, *committee_rows())
 
 
 def choose(patterns: Sequence[str], rows: Sequence[Row] = ROWS) -> tuple[Row, ...]:

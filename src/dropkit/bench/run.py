@@ -13,6 +13,7 @@ import torch
 from dropkit.bench.machine import this_machine
 from dropkit.bench.memory import Memory, measure_memory
 from dropkit.bench.record import Bench, Missing, Result, to_json, to_text
+from dropkit.bench.rivals import Contest, Standing
 from dropkit.bench.rows import ROWS, P, Row
 from dropkit.bench.timing import BUDGET_NS, LEAST_REPEATS, Clock, Comparison, compare
 from dropkit.bench.work import Pair, Work
@@ -81,9 +82,15 @@ def run_bench(
 
 def measure(row: Row, threads: int, clock: Clock, repeats: int, seed: int) -> Result:
     """Check and measure one row on as many threads as torch is set to."""
-    pair = row.make(row.shape)
-    pair.check()
-    ours_memory, peer_memory = memory_of(pair.ours), memory_of(pair.peer)
+    made, peer = row.make(row.shape), row.peer
+    standings: tuple[Standing, ...] = ()
+    if isinstance(made, Contest):
+        pair, chosen, standings = made.settle(clock)
+        peer = f"{peer}: {chosen}"
+    else:
+        pair = made
+        pair.check()
+    ours_memory, peer_memory = (memory_of(side, again=bool(standings)) for side in (pair.ours, pair.peer))
     best, attempts, begun = None, 0, clock()
     while row.measure != "bytes kept" and (
         best is None or (not best.quiet and attempts < ATTEMPTS and clock() - begun < BUDGET_NS)
@@ -92,8 +99,8 @@ def measure(row: Row, threads: int, clock: Clock, repeats: int, seed: int) -> Re
         best = found if best is None else quieter(best, found)
         attempts += 1
     return Result(
-        row.name, row.work, row.peer, row.measure, float(row.target), threads, pair.elements, best,
-        ours_memory, peer_memory, attempts,
+        row.name, row.work, peer, row.measure, float(row.target), threads, pair.elements, best,
+        ours_memory, peer_memory, attempts, standings,
     )  # fmt: skip
 
 
@@ -102,13 +109,13 @@ def quieter(first: Comparison, second: Comparison) -> Comparison:
     return min(first, second, key=lambda found: abs(found.control.middle - 1))
 
 
-def check_rows(rows: Sequence[Row] = ROWS) -> dict[str, Pair]:
+def check_rows(rows: Sequence[Row] = ROWS) -> dict[str, Pair | Contest]:
     """Check the outputs of all rows on small inputs, without timing; gives what was checked.
 
     Raises:
         BrokenContractError: a side does not do what it is timed for.
     """
-    pairs = {}
+    pairs: dict[str, Pair | Contest] = {}
     with _as_it_was():
         for row in rows:
             if not row.missing():
@@ -118,9 +125,9 @@ def check_rows(rows: Sequence[Row] = ROWS) -> dict[str, Pair]:
     return pairs
 
 
-def memory_of(work: Work) -> Memory:
-    """Memory of one pass."""
-    return measure_memory(work.forward, None if work.gradient is None else work.backward)
+def memory_of(work: Work, *, again: bool = False) -> Memory:
+    """Memory of one pass; `again` where one has been made."""
+    return measure_memory(work.forward, None if work.gradient is None else work.backward, again=again)
 
 
 def write_bench(bench: Bench, folder: Path) -> tuple[Path, ...]:

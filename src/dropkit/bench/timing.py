@@ -25,6 +25,7 @@ MOST_LOOPS = 1 << 16
 CONTROL_TOLERANCE = 0.03
 LEAST_REPEATS = 6  # fewer give no interval of 95 %
 BUDGET_NS = 8_000_000_000  # slow calls take fewer turns, so that a comparison ends in about this time
+LONG_NS = 500_000_000  # a call that takes longer is not warmed up by an untimed one
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,12 @@ def loops_for(run: Callable[[], object], clock: Clock, sample_ns: int = SAMPLE_N
 
 
 def interleave(
-    runs: Sequence[Callable[[], object]], loops: Sequence[int], repeats: int, clock: Clock, seed: int
+    runs: Sequence[Callable[[], object]],
+    loops: Sequence[int],
+    repeats: int,
+    clock: Clock,
+    seed: int,
+    warm: Sequence[bool] = (),
 ) -> Array:
     """Time several functions in turns.
 
@@ -124,6 +130,7 @@ def interleave(
         repeats: turns of each.
         clock: nanoseconds.
         seed: of the order of the turns, a fresh shuffle for each repeat.
+        warm: (K,) whether an untimed call comes before each turn; all by default.
 
     Returns:
         (repeats, K) nanoseconds a call.
@@ -133,12 +140,20 @@ def interleave(
     for i in range(repeats):
         for k in order.permutation(len(runs)):
             run, count = runs[k], loops[k]
-            run()  # untimed: who had the cache and the threads before must not matter
+            if not warm or warm[k]:
+                run()  # untimed: who had the cache and the threads before must not matter
             begun = clock()
             for _ in range(count):
                 run()
             times[i, k] = (clock() - begun) / count
     return times
+
+
+def time_once(run: Callable[[], object], clock: Clock) -> int:
+    """Nanoseconds of one call."""
+    begun = clock()
+    run()
+    return clock() - begun
 
 
 def affordable(
@@ -149,21 +164,27 @@ def affordable(
     budget_ns: int = BUDGET_NS,
 ) -> int:
     """The repeats that fit into the budget, at most as many as asked for and at least `LEAST_REPEATS`."""
-    begun = clock()
-    ours()
-    peer()
-    turns = 4 * (clock() - begun)  # ours twice and the peer once, each with its untimed call
+    return fitting(time_once(ours, clock) + time_once(peer, clock), repeats, budget_ns)
+
+
+def fitting(both: int, repeats: int, budget_ns: int = BUDGET_NS) -> int:
+    """The same, for what one call of each takes together, in nanoseconds."""
+    turns = 4 * both  # ours twice and the peer once, each with its untimed call
     return max(LEAST_REPEATS, min(repeats, budget_ns // max(turns, 1)))
 
 
 def compare(
     ours: Callable[[], object], peer: Callable[[], object], *, clock: Clock, repeats: int = 21, seed: int = 0
 ) -> Comparison:
-    """Time ours and the peer in turns, with the control; calls of a second take fewer turns than `repeats`."""
-    loops = loops_for(ours, clock), loops_for(peer, clock)
-    repeats = affordable(ours, peer, clock, repeats)
+    """Time ours and the peer in turns, with the control; calls of a second take fewer turns than `repeats`, and come
+    without the untimed call before each.
+    """
+    lengths = time_once(ours, clock), time_once(peer, clock)
+    short = lengths[0] < LONG_NS, lengths[1] < LONG_NS
+    loops = loops_for(ours, clock) if short[0] else 1, loops_for(peer, clock) if short[1] else 1
+    repeats = affordable(ours, peer, clock, repeats) if all(short) else fitting(sum(lengths), repeats)
     with _no_collection():
-        times = interleave((ours, peer, ours), (*loops, loops[0]), repeats, clock, seed)
+        times = interleave((ours, peer, ours), (*loops, loops[0]), repeats, clock, seed, (*short, short[0]))
     first, other, again = times.T
     return Comparison(
         ours=float(np.median(first)),

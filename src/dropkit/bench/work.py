@@ -13,6 +13,7 @@ from dropkit.errors import BrokenContractError
 
 Function = Callable[[Tensor], Tensor]
 FALSE_ALARM = 1e-9  # of one check of a kept share
+NOT_TIMED = ". Nothing was timed: a figure for other work would mislead."
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,7 @@ def require(holds: bool, side: str, what: str) -> None:
         BrokenContractError: it does not hold.
     """
     if not holds:
-        raise BrokenContractError(
-            f"{side}: {what}. Nothing was timed: a figure for other work would mislead."
-        )
+        raise BrokenContractError(f"{side}: {what}{NOT_TIMED}")
 
 
 def check_dropped(

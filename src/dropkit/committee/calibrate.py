@@ -26,6 +26,7 @@ from dropkit.committee.prediction import (
     pick_class,
     temper,
 )
+from dropkit.committee.summary import RegressionSummary
 from dropkit.errors import ModelDirectoryError, OptionError, ShapeError
 
 TEMPERATURES = (0.05, 20.0)
@@ -98,9 +99,9 @@ class Temperature:
         Raises:
             ModelDirectoryError: a field is missing or out of range.
         """
-        temperature = _number(data, "temperature", low=TEMPERATURES[0], high=TEMPERATURES[1])
-        before, after = (_number(data, key, low=0.0) for key in ("before", "after"))
-        return cls(temperature, before, after, rows=_count(data, "rows"))
+        temperature = read_number(data, "temperature", low=TEMPERATURES[0], high=TEMPERATURES[1])
+        before, after = (read_number(data, key, low=0.0) for key in ("before", "after"))
+        return cls(temperature, before, after, rows=read_count(data, "rows"))
 
 
 def best_temperature(probabilities: Tensor, y: Tensor) -> float:
@@ -173,11 +174,7 @@ class ConformalInterval:
             ShapeError: y does not belong to the prediction, or there are several outputs (fit one each).
             OptionError: a level is not inside (0, 1), or there are too few rows for it (see `rows_needed`).
         """
-        levels = tuple(
-            sorted({check_level(v) for v in ([level] if isinstance(level, int | float) else level)})
-        )
-        if not levels:
-            raise OptionError("no level was given; give at least one, as in level=0.9.")
+        levels = check_levels(level)
         mean, std = prediction.mean.detach().double(), prediction.std.detach().double()
         check_rows(y, mean.shape)
         rows = y.shape[0]
@@ -200,7 +197,7 @@ class ConformalInterval:
         # 0 / 0 is a row predicted exactly and surely: its score is 0.
         scores = torch.where(residual == 0, 0.0, residual / std.flatten()) if normalised else residual
         ordered = scores.sort().values
-        factors = tuple(float(ordered[_rank(rows, v) - 1]) for v in levels)
+        factors = tuple(float(ordered[conformal_rank(rows, v) - 1]) for v in levels)
         return cls(levels=levels, factors=factors, rows=rows, normalised=normalised)
 
     def factor(self, level: float = 0.9) -> float:
@@ -215,7 +212,7 @@ class ConformalInterval:
             )
         return self.factors[self.levels.index(level)]
 
-    def interval(self, prediction: RegressionPrediction, level: float = 0.9) -> Interval:
+    def interval(self, prediction: RegressionPrediction | RegressionSummary, level: float = 0.9) -> Interval:
         """mean +- factor * std for new rows, in the unit of the output.
 
         Raises:
@@ -253,11 +250,13 @@ class ConformalInterval:
             raise ModelDirectoryError("the intervals' levels and factors are not two lists of one length.")
         if not isinstance(normalised, bool):
             raise ModelDirectoryError(f"the intervals' normalised={normalised!r}; it is true or false.")
-        checked = tuple(_number({"level": v}, "level", low=0.0, high=1.0) for v in levels)
+        checked = tuple(read_number({"level": v}, "level", low=0.0, high=1.0) for v in levels)
         if list(checked) != sorted(set(checked)) or not 0.0 < checked[0] or not checked[-1] < 1.0:
             raise ModelDirectoryError(f"the intervals' levels are {levels}; they ascend, between 0 and 1.")
-        numbers = tuple(math.inf if f is None else _number({"factor": f}, "factor", low=0.0) for f in factors)
-        return cls(checked, numbers, rows=_count(data, "rows"), normalised=normalised)
+        numbers = tuple(
+            math.inf if f is None else read_number({"factor": f}, "factor", low=0.0) for f in factors
+        )
+        return cls(checked, numbers, rows=read_count(data, "rows"), normalised=normalised)
 
 
 def rows_needed(level: float) -> int:
@@ -266,7 +265,20 @@ def rows_needed(level: float) -> int:
     return math.ceil(exact / (1 - exact))
 
 
-def _rank(rows: int, level: float) -> int:
+def check_levels(level: float | Sequence[float]) -> tuple[float, ...]:
+    """One level or several, ascending.
+
+    Raises:
+        OptionError: there is none, or one is not inside (0, 1).
+    """
+    levels = tuple(sorted({check_level(v) for v in ([level] if isinstance(level, int | float) else level)}))
+    if not levels:
+        raise OptionError("no level was given; give at least one, as in level=0.9.")
+    return levels
+
+
+def conformal_rank(rows: int, level: float) -> int:
+    """Which of n scores, from the smallest, is the threshold: ceil((n + 1) * level)."""
     # 0.07 * 100 is 7.000000000000001 in floating point and would be rounded up to 8; the level as written is exact.
     return math.ceil((rows + 1) * Fraction(str(level)))
 
@@ -276,7 +288,14 @@ def _negative_log_likelihoods(mean: Tensor, y: Tensor, temperature: float) -> Te
     return -chosen.clamp_min(torch.finfo(chosen.dtype).tiny).log()
 
 
-def _number(data: Mapping[str, Any], key: str, low: float = 0.0, high: float = sys.float_info.max) -> float:
+def read_number(
+    data: Mapping[str, Any], key: str, low: float = 0.0, high: float = sys.float_info.max
+) -> float:
+    """A number of a calibration's JSON, or what is wrong with it.
+
+    Raises:
+        ModelDirectoryError: it is missing, no number, or outside [low, high].
+    """
     value = data.get(key) if isinstance(data, Mapping) else None
     # The bounds are finite, so infinities, NaN and whole numbers beyond any float fail too.
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
@@ -286,8 +305,9 @@ def _number(data: Mapping[str, Any], key: str, low: float = 0.0, high: float = s
     return float(value)
 
 
-def _count(data: Mapping[str, Any], key: str) -> int:
-    value = _number(data, key, low=1)
+def read_count(data: Mapping[str, Any], key: str) -> int:
+    """A whole number from 1 on of a calibration's JSON; raises like `read_number`."""
+    value = read_number(data, key, low=1)
     if value != int(value):
         raise ModelDirectoryError(f"the calibration's {key}={value!r}; a whole number was expected.")
     return int(value)

@@ -1,246 +1,396 @@
-"""How a committee will run a model: what is asked for noise, one member at a time or many, in which pieces.
+"""How a committee runs a model: what is computed once, thinned, run together, and what could not be helped.
 
-The decision is made on the first rows that come, from the model and the shape of a row alone, so that neither the
-number of rows nor the memory that happens to be free changes a single bit of the output.
+The decision is made on the first rows that come, from the model, its rates and the shape of the rows alone, so that
+neither the number of rows nor the memory that happens to be free changes a single bit of the output.
 """
 
 from __future__ import annotations
 
-import copy
+import math
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from dropkit.errors import DropkitWarning, NoMaskError, ShapeError
+from dropkit.committee.graph import Graph, RecordingError, halve, reach_kernels, record
+from dropkit.committee.look import Look, Trouble, look, output_leaves, some_names
+from dropkit.committee.perceptron import Kernel, find_perceptron
+from dropkit.committee.run import Eager, Leaves, Recorded, Thinned, Tile, Way, count_rows
+from dropkit.committee.thin import Thinning, thin
+from dropkit.conversion.records import Conversion
 from dropkit.masks.address import masks
-from dropkit.nn.features import Dropout
-from dropkit.nn.layer import StochasticLayer, name_sites
 
-How = Literal["vmap", "loop", "once"]
+How = Literal["thinned", "batched", "loop", "once"]
 
 # What one chunk of members may hold of the widest layer. From 4 to 16 MiB ran alike where it was tried; less pays
 # for more passes, more takes memory for nothing.
 CHUNK_BYTES = 8 << 20
-CHUNK_MEMBERS = 64
+# A model is recorded where its members' work is worth the second or so that this takes: multiply-adds of all members.
+RECORD_FROM = 2e9
+KERNEL_MEMBERS = 1 << 14  # of one call of the perceptrons' kernel
+# What predicted seconds are made of; only their ratios matter. Multiply-adds and bytes a second, seconds a call.
+RATE, BANDWIDTH, CALL, CALL_TOGETHER = 3e10, 8e9, 6e-6, 4e-5
+MOVED_TOGETHER = 1.5  # many members' activations leave the cache between two operators
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a committee decided about a model and a shape of rows.
+    """What a committee decided about a model and a shape of rows; `print` explains it.
 
     Attributes:
-        how: "vmap": many members in one pass, and what no mask has touched is computed once; "loop": one member after
-            the other; "once": no mask acts, so one pass serves all.
+        how: "thinned": member after member, each on smaller weights; "batched": many members in one pass; "loop":
+            member after member on the whole weights; "once": no mask acts, so one pass serves all.
         reason: why.
-        sites: the places that drew a mask, in the order of the pass.
-        silent: noisy places that stay silent: dropkit layers that were not reached, torch's own dropout.
-        tile: rows of one pass.
+        recorded: whether the model could be written down as a graph, so that what no mask touches is computed once.
+        sites: the places that draw a mask, in the order of the pass.
+        silent: noisy places that stay silent.
+        rows: of one pass.
         members_at_once: members of one pass.
-        widest: the most values per row that a layer puts out.
-        bytes: tile * members_at_once * widest * size of a value; a pass holds a few times that.
+        widest: the most values per row that an operation puts out.
+        bytes: rows * members_at_once * widest * size of a value; a pass holds a few times that.
+        prefix: multiply-adds computed once, for these rows.
+        suffix: multiply-adds of each member, as run.
+        dense: multiply-adds of one whole pass of the model.
+        notes: what was thinned and what could not be helped, a sentence each.
+        kept: bytes of a tile that are kept between members.
+        rebuild: as many values as the output has tensors -> its structure with these in their places.
+        seconds: predicted for one member and these rows, by way; only the ratios mean something.
     """
 
     how: How
     reason: str
+    recorded: bool
     sites: tuple[str, ...]
     silent: tuple[str, ...]
-    tile: int
+    rows: int
     members_at_once: int
     widest: int
     bytes: int
+    prefix: float = 0.0
+    suffix: float = 0.0
+    dense: float = 0.0
+    notes: tuple[str, ...] = ()
+    kept: int = 0
+    rebuild: Callable[[Sequence[Any]], Any] = field(default=lambda values: values[0], repr=False)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def runs_as(self, other: Plan) -> bool:
+        """Whether rows of both can be run side by side."""
+        return (self.how, self.members_at_once) == (other.how, other.members_at_once)
 
     def __str__(self) -> str:
-        return (
-            f"{self.how}: {self.reason}; {len(self.sites)} sites; {self.members_at_once} members x {self.tile} rows "
-            f"at once, widest layer {self.widest} values, {self.bytes / 2**20:.1f} MiB"
-        )
+        lines = [
+            f"{self.how}: {self.reason}",
+            f"sites: {some_names(self.sites, 8) or 'none'}",
+            f"one pass: {self.members_at_once} members x {self.rows} rows, widest layer {self.widest} values, "
+            f"{self.bytes / 2**20:.1f} MiB",
+        ]
+        if self.dense:
+            lines.append(
+                f"computed once: {self.prefix / self.dense:.0%} of a pass; for each member: "
+                f"{self.suffix / self.dense:.0%}"
+            )
+        if self.silent:
+            lines.append(f"silent: {some_names(self.silent)}")
+        return "\n".join((*lines, *self.notes))
 
 
-def committee_copy(model: nn.Module) -> nn.Module:
-    """The model's structure anew, in evaluation mode and with named sites, around the same weights and buffers.
+def make_plan(
+    network: nn.Module,
+    tile: Tile,
+    seed: int,
+    members: int,
+    allow: Collection[Trouble],
+    conversion: Conversion | None,
+    grad: bool,
+    ways: dict[Any, Ways],
+) -> tuple[Plan, Way]:
+    """Look at a copied network with some rows, and decide how its members are run.
 
-    The caller's modules keep their modes, names and hooks whatever happens; a weight that is changed in place
-    (an optimizer step, load_state_dict) is changed for the committee too.
-    """
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    network = copy.deepcopy(model, shared).eval()
-    name_sites(network)
-    for module in network.modules():
-        if isinstance(module, Dropout):
-            module.inplace = False  # many members cannot be written into the one activation they start from
-    return network
-
-
-def run_member(
-    network: nn.Module, x: Tensor, seed: int, member: int | Tensor
-) -> tuple[Tensor, tuple[str, ...]]:
-    """Thinned network `member` on x, (B, ...) -> (B, *out), and the names of the sites that drew a mask."""
-    with masks(seed=seed, member=member) as context:
-        # A model that writes into its input (ReLU(inplace=True) comes first) must not change what the next member sees.
-        return network(x.clone()), context.drawn
-
-
-@contextmanager
-def every_layer_runs(network: nn.Module) -> Iterator[None]:
-    """Keep torch's transformer layers from taking their inference path, which skips the dropout layers inside."""
-    attention = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
-    if not any(isinstance(module, attention) for module in network.modules()):
-        yield
-        return
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def make_plan(network: nn.Module, tile: Tensor, seed: int, allow_no_spread: bool) -> Plan:
-    """Run members 0 and 1 of a copied network on one tile of rows, and decide.
+    Args:
+        network: a committee's copy.
+        tile: rows of the size that will come.
+        seed, members: of the committee.
+        allow: troubles that are accepted.
+        conversion: what was converted in the copy.
+        grad: whether the answer is to be differentiated.
+        ways: of graphs recorded so far that take any number of rows, by the shape of a row; one may be added.
 
     Raises:
-        NoMaskError: no site drew a mask.
-        ShapeError: the model does not return one tensor with the rows first.
+        NoMaskError, OptionError, ShapeError: as `look`.
     """
-    outputs: dict[str, list[Tensor]] = {}
-    with ExitStack() as stack:
-        for name, module in network.named_modules():
-            hook = module.register_forward_hook(
-                lambda _m, _i, out, name=name: outputs.setdefault(name, []).append(out)
-            )
-            stack.callback(hook.remove)
-        result, sites = run_member(network, tile, seed, 0)
-    layers = {name: m for name, m in network.named_modules() if isinstance(m, StochasticLayer)}
-    reached = outputs.keys() | _lent(sites, layers)
-    silent = (
-        *(f"{n} (not reached)" for n in layers if n not in reached and _rate(layers[n]) > 0),
-        *_torch_noise(network),
-    )
-    if not sites and not allow_no_spread:
-        raise NoMaskError(_no_mask_message(layers, silent))
-    if not isinstance(result, Tensor) or result.ndim == 0 or result.shape[0] != len(tile):
-        what = (
-            f"a tensor of shape {tuple(result.shape)}"
-            if isinstance(result, Tensor)
-            else type(result).__name__
+    seen = look(network, tile, seed, allow, conversion)
+    eager = Eager(network, seed, lambda result: output_leaves(result, count_rows(tile)))
+    choice = _Choice(tile, seen, eager)
+    if not seen.drops:
+        return choice.made(
+            "once", "every rate is 0 or no mask acts, so all members are the same network", eager
         )
-        raise ShapeError(
-            f"the model returned {what} for {len(tile)} rows; a committee needs one tensor (rows, *out)."
-        )
-    _warn(layers, sites, silent, outputs, result, allow_no_spread)
-
-    tensors = [out for several in outputs.values() for out in several if isinstance(out, Tensor)]
-    widest = max(-(-out.numel() // len(tile)) for out in (*tensors, result))
-    row_bytes = len(tile) * widest * result.element_size()
-    at_once = CHUNK_MEMBERS
-    while at_once > 1 and at_once * row_bytes > CHUNK_BYTES:
-        at_once //= 2
-    how, reason = _decide(
-        network, tile, seed, result, at_once, all(n in layers and not _rate(layers[n]) for n in sites)
-    )
-    if how != "vmap":
-        at_once = 1
-    return Plan(how, reason, sites, silent, len(tile), at_once, widest, at_once * row_bytes)
-
-
-def _decide(
-    network: nn.Module, tile: Tensor, seed: int, first: Tensor, at_once: int, nothing_drops: bool
-) -> tuple[How, str]:
-    if nothing_drops:
-        return "once", "every rate is 0 or no mask acts, so all members are the same network"
-    if at_once == 1:
-        return "loop", "one member fills the memory meant for a pass"
+    if not grad and tile.ids is None and (found := choice.by_kernel(network)):
+        return found
+    if seen.operations * members < RECORD_FROM:
+        return choice.of_the_model("Too little work to be worth recording the model as a graph.")
+    leaves = [leaf for leaf in tree_leaves((tile.inputs, tile.kwargs)) if isinstance(leaf, Tensor)]
+    kind = tuple((tuple(leaf.shape[1:]), leaf.dtype) for leaf in leaves)
+    if kind in ways and count_rows(tile) > 1:
+        return choice.of_the_graph(ways[kind])
     try:
-        with warnings.catch_warnings():
-            # torch.func warns where it would fall back on a slow loop of its own.
-            warnings.simplefilter("error")
-            together = torch.func.vmap(lambda m: run_member(network, tile, seed, m)[0])(torch.arange(2))
-    except Exception as error:  # the loop ran: whatever is wrong lies between the model and vmap
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return "loop", f"torch.func.vmap cannot run this model ({lines[0]})"
-    alone = torch.stack((first, run_member(network, tile, seed, 1)[0]))
-    scale = float(alone.abs().max()) or 1.0
-    if not torch.allclose(together, alone, rtol=1e-3, atol=1e-4 * scale, equal_nan=True):
-        return "loop", "torch.func.vmap gives this model other numbers than one member after the other"
-    return "vmap", "members run together; what no mask has touched is computed once"
-
-
-def _rate(layer: nn.Module) -> float:
-    """A layer's chance to drop; 1 where it does not say, as it must not be taken for silent."""
-    p = getattr(layer, "p", 1.0)
-    return float(p.detach().max()) if isinstance(p, Tensor) else float(p)
-
-
-def _lent(sites: tuple[str, ...], layers: dict[str, StochasticLayer]) -> set[str]:
-    """Layers whose rate the module above them hands to a function, as attention does in converted models."""
-    drawing = {site.partition(":")[0] for site in sites if ":" in site}
-    return {name for name in layers if name.rpartition(".")[0] in drawing}
-
-
-def _torch_noise(network: nn.Module) -> list[str]:
-    """Torch's own noisy modules with a rate above 0, which a committee leaves in evaluation mode."""
-    found = []
-    for name, module in network.named_modules():
-        if "dropkit_site" in vars(module):
-            continue  # `dropkit.convert` has its calls answered by dropkit
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            rate = module.p
-        elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
-            rate = module.dropout
-        else:
-            continue
-        if rate > 0:
-            found.append(f"{name or 'the model'} (torch.nn.{type(module).__name__})")
-    return found
-
-
-def _no_mask_message(layers: dict[str, StochasticLayer], silent: tuple[str, ...]) -> str:
-    if layers:
-        found = f"its dropkit layers were never reached by the pass: {', '.join(layers)}"
-    elif silent:
-        found = (
-            f"it has only torch's own noise: {_some(silent)}. Convert it (dropkit.convert), or build it with "
-            "dropkit.nn.Dropout in these places"
+        graph = record(network, tile.inputs, tile.kwargs, how="kernels")
+    except RecordingError as error:
+        return choice.of_the_model(
+            f"The model could not be recorded as a graph ({error}), so what no mask touches is not set apart."
         )
-    else:
-        found = "it has no dropkit layer. Build it with dropkit.nn.Dropout where units are to drop, and train it so"
-    return f"a model in which no mask acts was given, so all members would be the same network: {found}."
+    found_ways = Ways.of(graph, seed)
+    if graph.is_open:
+        ways[kind] = found_ways
+    return choice.of_the_graph(found_ways)
 
 
-def _warn(
-    layers: dict[str, StochasticLayer],
-    sites: tuple[str, ...],
-    silent: tuple[str, ...],
-    outputs: dict[str, list[Tensor]],
-    result: Tensor,
-    allow_no_spread: bool,
-) -> None:
-    said = []
-    if sites and all(n in layers and _rate(layers[n]) == 0.0 for n in sites) and not allow_no_spread:
-        said.append(f"every rate is 0 ({_some(sites)}), so the members agree and the epistemic part is 0.")
-    if silent and sites:
-        said.append(
-            f"these noisy places stay silent in the committee: {_some(silent)}. Use dropkit.nn.Dropout there."
-        )
-    # The tensors in `outputs` are still held, so equal memory means the same values, not memory used again.
-    where = result.untyped_storage().data_ptr()
-    for name, layer in layers.items():
-        last = outputs.get(name, [None])[-1]
-        if isinstance(last, Tensor) and _rate(layer) > 0 and last.untyped_storage().data_ptr() == where:
-            said.append(
-                f"the output is that of dropout layer {name!r}: each value is 0 or y / (1 - p), and the spread says "
-                "nothing but |y| sqrt(p / (1 - p)). Move the layer before the last weights."
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """The ways to run a recorded model; they serve rows of all numbers that the graph takes.
+
+    Attributes:
+        recorded: its two halves as they are.
+        thinned: the same on the units that a member keeps.
+        together: whether torch.func.vmap can follow all its masks.
+    """
+
+    recorded: Recorded
+    thinned: Thinned
+    together: bool
+
+    @classmethod
+    def of(cls, graph: Graph, seed: int) -> Ways:
+        """From a graph."""
+        halves = halve(graph)
+        suffix, together = reach_kernels(halves.suffix)
+        recorded = Recorded(halves.prefix, suffix, seed)
+        return cls(recorded, Thinned(halves.prefix, thin(graph), seed), together)
+
+
+class _Choice:
+    """The ways to run one model on one shape of rows, and what speaks for each.
+
+    Args:
+        tile: the rows.
+        seen: the first look.
+        eager: the model as it is.
+    """
+
+    def __init__(self, tile: Tile, seen: Look, eager: Eager) -> None:
+        self.tile, self.seen, self.eager = tile, seen, eager
+        self.rows, self.size = count_rows(tile), seen.leaves[0].element_size()
+        self.notes: list[str] = []
+        self.figures: dict[str, Any] = {"dense": seen.operations, "rebuild": seen.rebuild}
+        self.widest = seen.widest
+        self._alone: Leaves | None = None
+
+    @property
+    def alone(self) -> Leaves:
+        """What members 0 and 1 put out as the model runs them, one after the other: what every way is held to."""
+        if self._alone is None:
+            second = self.eager.member(1, self.eager.prefix(self.tile), self.tile.ids)
+            self._alone = _stacked((self.seen.leaves, second))
+        return self._alone
+
+    @property
+    def at_once(self) -> int:
+        """How many members' widest layers fit one chunk: a power of two, so that few shapes occur."""
+        held = max(self.rows * self.widest * self.size, 1)
+        return 1 << max(int(math.log2(max(CHUNK_BYTES / held, 1))), 0)
+
+    def made(self, how: How, reason: str, way: Way, at_once: int = 1) -> tuple[Plan, Way]:
+        """The plan."""
+        held = self.rows * self.widest * self.size * at_once
+        recorded, seen = isinstance(way, Recorded | Thinned), self.seen
+        plan = Plan(
+            how, reason, recorded, seen.sites, seen.silent, self.rows, at_once, self.widest, held,
+            notes=tuple(self.notes), **self.figures,
+        )  # fmt: skip
+        return plan, way
+
+    def by_kernel(self, network: nn.Module) -> tuple[Plan, Way] | None:
+        """For perceptrons of narrow layers."""
+        perceptron = find_perceptron(network)
+        if perceptron is None:
+            return None
+        kernel = Kernel(perceptron, self.eager.seed)
+        values = kernel.prefix(self.tile)
+        if values[0].ndim != 2 or not _agree(kernel.several(values, None, 0, 2), self.alone):
+            return None
+        reason = "a small perceptron: one kernel runs all members, each without its dropped units"
+        return self.made("thinned", reason, kernel, KERNEL_MEMBERS)
+
+    def of_the_model(self, note: str) -> tuple[Plan, Way]:
+        """Without a graph: many members in one pass where memory and torch.func.vmap allow it."""
+        self.notes.append(note)
+        one = "one member fills the memory meant for a pass" if self.at_once == 1 else ""
+        why = one or self.why_not_together(self.eager)
+        if why:
+            return self.made("loop", why, self.eager)
+        return self.made("batched", "members run together", self.eager, self.at_once)
+
+    def of_the_graph(self, ways: Ways) -> tuple[Plan, Way]:
+        """The way with the least predicted time that gives the model's numbers."""
+        way = ways.recorded
+        measured = _measure(way, self.tile)
+        both = (way.member(k, measured.values, self.tile.ids) for k in (0, 1))
+        if not _agree(_stacked(both), self.alone):
+            return self.of_the_model(
+                "The recorded graph gives other numbers than the model, so it is not used."
             )
-    for line in said:
-        warnings.warn(line, DropkitWarning, stacklevel=6)
+        self.widest = max(self.widest, measured.widest)
+        thinning = ways.thinned.thinning if self.tile.ids is None else None
+        work = self._work(measured, thinning)
+        seconds = self._seconds(measured, thinning, work, together=ways.together and self.at_once > 1)
+        self.figures |= {"prefix": measured.prefix, "suffix": measured.suffix, "seconds": seconds}
+        self.figures["kept"] = _bytes(measured.values)
+        once = "what no mask has touched is computed once"
+        while True:
+            how = min(seconds, key=seconds.__getitem__)
+            if how == "thinned" and thinning is not None:
+                thinned = ways.thinned
+                values = thinned.prefix(self.tile)
+                if _agree(
+                    _stacked(thinned.member(thinned.prepare(k), values, None) for k in (0, 1)), self.alone
+                ):
+                    self.figures |= {"suffix": work, "kept": _bytes(values)}
+                    return self.made(
+                        "thinned", f"each member runs on the units that it keeps; {once}", thinned
+                    )
+                why = "the thinned network gives other numbers than the model"
+            elif how == "batched":
+                why = self.why_not_together(way)
+                if not why:
+                    return self.made("batched", f"members run together; {once}", way, self.at_once)
+            else:
+                return self.made("loop", f"members run one after the other; {once}", way)
+            self.notes.append(f"Not {how}: {why}.")
+            del seconds[how]
+
+    def why_not_together(self, way: Way) -> str:
+        """Why members 0 and 1 cannot be run in one pass; "" where they can."""
+        try:
+            with warnings.catch_warnings():
+                # torch.func warns where it would fall back on a slow loop of its own.
+                warnings.simplefilter("error")
+                together = way.several(way.prefix(self.tile), self.tile.ids, 0, 2)
+        except Exception as error:  # the loop ran: whatever is wrong lies between the model and vmap
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            return f"torch.func.vmap cannot run this model ({lines[0]})"
+        if _agree(together, self.alone):
+            return ""
+        return "torch.func.vmap gives this model other numbers than one member after the other"
+
+    def _work(self, measured: Measured, thinning: Thinning | None) -> float:
+        """Multiply-adds of a thinned member; notes say where it is thinned, and where not and why."""
+        if thinning is None:
+            return measured.suffix
+        whys: dict[str, list[str]] = {}
+        for name, why in thinning.left:
+            whys.setdefault(why, []).append(name)
+        work = thinning.work()
+        if thinning.cut:
+            self.notes.append(f"Thinned at {some_names(thinning.cut, 8)}: {work}.")
+        self.notes += [f"Not thinned at {some_names(names)}: {why}." for why, names in whys.items()]
+        return max(measured.suffix - self.rows * (work.dense - work.thinned), 0.0)
+
+    def _seconds(
+        self, measured: Measured, thinning: Thinning | None, operations: float, together: bool
+    ) -> dict[str, float]:
+        """Predicted for one member, by way."""
+        moving, calling = measured.moved / BANDWIDTH, measured.calls * CALL
+        seconds = {"loop": calling + measured.suffix / RATE + moving}
+        if together:
+            calls = measured.calls * CALL_TOGETHER / self.at_once
+            seconds["batched"] = calls + measured.suffix / RATE + MOVED_TOGETHER * moving
+        if thinning is not None and thinning.cut:
+            work = thinning.work()
+            share = math.sqrt(work.thinned / work.dense) if work.dense else 1.0
+            gathering = 2 * work.gathered * self.size / BANDWIDTH
+            seconds["thinned"] = calling + operations / RATE + share * moving + gathering
+        return seconds
 
 
-def _some(names: tuple[str, ...], most: int = 6) -> str:
-    return ", ".join(repr(n) for n in names[:most]) + (
-        f" and {len(names) - most} more" if len(names) > most else ""
+def _stacked(members: Iterable[Leaves]) -> Leaves:
+    """Leaves of several members, (M, B, *out)."""
+    return tuple(torch.stack(parts) for parts in zip(*members, strict=True))
+
+
+def _agree(ours: Leaves, theirs: Leaves) -> bool:
+    """Whether two ways give the same function, up to rounding."""
+    return all(
+        torch.allclose(a, b, rtol=1e-3, atol=1e-4 * _scale(b), equal_nan=True)
+        if a.is_floating_point()
+        else torch.equal(a, b)
+        for a, b in zip(ours, theirs, strict=True)
     )
+
+
+def _scale(values: Tensor) -> float:
+    """The largest finite size; 1 where there is none."""
+    return float(values.abs().nan_to_num(0.0, posinf=0.0).max()) or 1.0 if values.numel() else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one tile of a recorded model costs.
+
+    Attributes:
+        values: of the frontier.
+        prefix, suffix: multiply-adds.
+        calls: operators of the suffix.
+        moved: bytes that they read and write.
+        widest: the most values per row that one of them puts out.
+    """
+
+    values: tuple[Any, ...]
+    prefix: float
+    suffix: float
+    calls: int
+    moved: float
+    widest: int
+
+
+class _Counting(fx.Interpreter):
+    """Runs a graph and counts what its operators put out."""
+
+    def __init__(self, module: fx.GraphModule, rows: int) -> None:
+        super().__init__(module)
+        self.rows, self.calls, self.moved, self.widest = rows, 0, 0.0, 0
+
+    def run_node(self, node: fx.Node) -> Any:
+        """One operator."""
+        result = super().run_node(node)
+        if node.op == "call_function":
+            self.calls += 1
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor) and leaf._base is None:
+                    self.moved += 2.0 * leaf.numel() * leaf.element_size()
+                    self.widest = max(self.widest, -(-leaf.numel() // self.rows))
+        return result
+
+
+def _measure(way: Recorded, tile: Tile) -> Measured:
+    with FlopCounterMode(display=False) as first:
+        values = way.prefix(tile)
+    counting = _Counting(way.second, count_rows(tile))
+    with FlopCounterMode(display=False) as second, masks(seed=way.seed, member=0, samples=tile.ids):
+        counting.run(*values)
+    prefix, suffix = (counter.get_total_flops() / 2 for counter in (first, second))
+    return Measured(values, prefix, suffix, counting.calls, counting.moved, counting.widest)
+
+
+def _bytes(values: tuple[Any, ...]) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
+
+
+def _at_once(row_bytes: int) -> int:
+    """How many members' widest layers fit one chunk: a power of two, so that few shapes occur."""
+    return 1 << max(int(math.log2(max(CHUNK_BYTES / max(row_bytes, 1), 1))), 0)

@@ -8,6 +8,7 @@ where the values are large against their spread.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -15,13 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dropkit.committee.information import (
-    check_class_probabilities,
-    entropy,
-    expected_entropy,
-    mutual_information,
-)
-from dropkit.errors import OptionError, ShapeError
+from dropkit.committee.information import check_class_probabilities, disagreement, divergence, doubt
+from dropkit.committee.mixture import mixture_log_density, mixture_quantile, sample_quantile
+from dropkit.committee.streaming import CentralMoments
+from dropkit.errors import DropkitWarning, OptionError, ShapeError
 
 
 class Interval(NamedTuple):
@@ -110,6 +108,32 @@ class RegressionPrediction:
         """(B, *out), error of `mean` that comes from asking M members only; falls like 1 / sqrt(M)."""
         return (self.epistemic / self.members).sqrt()
 
+    @property
+    def standard_error_of_spread(self) -> Tensor:
+        """(B, *out), error of the spread sqrt(epistemic) that comes from asking M members only.
+
+        From the members' fourth moment, so no normal law is assumed; with few members it is itself a rough guess.
+        """
+        moments = CentralMoments.of(self.samples)
+        return moments.standard_error_of_spread.to(self.samples.dtype)
+
+    @property
+    def not_finite(self) -> Tensor:
+        """(B,) int64, of how many members an output (or noise) is not finite; then the row's statistics are not."""
+        return (
+            count_not_finite(self.samples)
+            if self.noise is None
+            else count_not_finite(self.samples, self.noise)
+        )
+
+    def joint_covariance(self, rows: slice | Tensor | Sequence[int] = slice(None)) -> Tensor:
+        """How the outputs of some rows move together from member to member; see `joint_covariance`.
+
+        Returns:
+            (b, *out, b, *out), unit squared, divided by M - 1; its diagonal is `epistemic`.
+        """
+        return joint_covariance(self.samples[:, rows])
+
     def interval(self, level: float = 0.9, *, factor: float | None = None) -> Interval:
         """Where the value lies with probability `level`, if the committee is right.
 
@@ -140,9 +164,8 @@ class RegressionPrediction:
         check_level(q, "q")
         means = self.samples.detach().double()
         if self.noise is None:
-            # torch.quantile refuses more than 16 million elements; sorting does not.
-            return _interpolate(means.sort(dim=0).values, q).to(self.samples.dtype)
-        return _mixture_quantile(means, self.noise.detach().double().sqrt(), q).to(self.samples.dtype)
+            return sample_quantile(means, q).to(self.samples.dtype)
+        return mixture_quantile(means, self.noise.detach().double().sqrt(), q).to(self.samples.dtype)
 
     def log_likelihood(self, y: Tensor) -> Tensor:
         """How likely the seen values are under the members' mixture of normal laws.
@@ -165,10 +188,8 @@ class RegressionPrediction:
                 "the noise: prediction.with_noise(variance)."
             )
         check_rows(y, self.samples.shape[1:])
-        noise = self.noise.double()
-        squared = (y.to(noise) - self.samples.double()).square()
-        log_density = -0.5 * (squared / noise + noise.log() + math.log(2.0 * math.pi))
-        return (torch.logsumexp(log_density, dim=0) - math.log(self.members)).to(self.samples.dtype)
+        density = mixture_log_density(y, self.samples.double(), self.noise.double())
+        return density.to(self.samples.dtype)
 
     def with_noise(self, variance: float | Tensor) -> RegressionPrediction:
         """The same members with this noise variance for all of them (float, or broadcastable to (B, *out)).
@@ -220,7 +241,7 @@ class ClassificationPrediction:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        check_class_probabilities(self.samples)
+        check_class_probabilities(self.samples, unknown=True)
         if self.samples.shape[0] < 2:
             raise ShapeError(f"{self.samples.shape[0]} member was given; a spread takes at least 2.")
         if not 0.0 < self.temperature < math.inf:
@@ -260,19 +281,43 @@ class ClassificationPrediction:
         return (mean_and_variance(member)[1] / self.members).sqrt().to(self.samples.dtype)
 
     @property
+    def standard_error_of_spread(self) -> Tensor:
+        """(B,), nats: error of `mutual_information` that comes from asking M members only.
+
+        Standard deviation over members of KL(samples[m] || mean) / sqrt(M), to first order. The estimate is also low
+        by about half the sum over classes of variance / probability, divided by M: an error of order 1 / M.
+        """
+        member = self.samples.double()
+        shares = divergence(member, mean_and_variance(member)[0])
+        return (mean_and_variance(shares)[1] / self.members).sqrt().to(self.samples.dtype)
+
+    @property
+    def not_finite(self) -> Tensor:
+        """(B,) int64, of how many members the probabilities are no numbers; then the row's statistics are not."""
+        return count_not_finite(self.samples)
+
+    def joint_covariance(self, rows: slice | Tensor | Sequence[int] = slice(None)) -> Tensor:
+        """How the probabilities of some rows move together from member to member; see `joint_covariance`.
+
+        Returns:
+            (b, C, b, C), divided by M - 1.
+        """
+        return joint_covariance(self.samples[:, rows])
+
+    @property
     def entropy(self) -> Tensor:
         """(B,), nats: how undecided `probabilities` are, from the members' doubt and their disagreement together."""
-        return entropy(self.probabilities)
+        return doubt(self.probabilities.double()).to(self.samples.dtype)
 
     @property
     def expected_entropy(self) -> Tensor:
         """(B,), nats: how undecided the members are on average (the aleatoric part)."""
-        return expected_entropy(self.samples)
+        return doubt(self.samples.double()).mean(dim=0).to(self.samples.dtype)
 
     @property
     def mutual_information(self) -> Tensor:
         """(B,), nats: how much the members disagree (the epistemic part, known as BALD)."""
-        return mutual_information(self.samples)
+        return disagreement(self.samples)
 
     def log_likelihood(self, y: Tensor) -> Tensor:
         """How likely the seen classes are: L[b] = log probabilities[b, y[b]].
@@ -307,15 +352,66 @@ def mean_and_variance(samples: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance over the members, in float64.
 
     With d[m] = samples[m] - samples[0], which is exact where members are close and 0 where they agree:
-    mean = samples[0] + mean(d),    variance = sum over m of (d[m] - mean(d)) ** 2 / (M - 1)
+    mean = samples[0] + mean(d),    variance = (sum over m of d[m] ** 2 - M mean(d) ** 2) / (M - 1)
+
+    The difference loses at most a factor M of the digits, when member 0 is far from all others; sums are in float64.
 
     Args:
         samples: (M, ...), M at least 2.
     """
-    samples = samples.double()
-    deviation = samples - samples[0]
-    shift = deviation.mean(dim=0)
-    return samples[0] + shift, (deviation - shift).square().sum(dim=0) / (samples.shape[0] - 1)
+    members, first = samples.shape[0], samples[0]
+    deviation = samples - first
+    shift = deviation.mean(dim=0, dtype=torch.float64)
+    squares = deviation.square().sum(dim=0, dtype=torch.float64)
+    return first.double() + shift, (squares - members * shift.square()).clamp_min(0.0) / (members - 1)
+
+
+def joint_covariance(samples: Tensor) -> Tensor:
+    """Covariance over members of everything that a batch of rows puts out.
+
+    cov[i, j] = sum over m of (samples[m, i] - mean[i]) (samples[m, j] - mean[j]) / (M - 1)
+
+    It says something because member m is one function for all rows. Members that draw masks anew for each
+    row have no covariance between rows but by chance.
+
+    Args:
+        samples: (M, b, *out), M at least 2.
+
+    Returns:
+        (b, *out, b, *out) float64; symmetric, no negative eigenvalue, of rank M - 1 at most.
+    """
+    value = samples.double()
+    deviation = value - value[0]
+    deviation = (deviation - deviation.mean(dim=0)).flatten(1)
+    return (deviation.T @ deviation / (len(value) - 1)).reshape(*samples.shape[1:], *samples.shape[1:])
+
+
+def count_not_finite(*samples: Tensor) -> Tensor:
+    """(B,) int64: of how many members a row has an output that is not finite, in any of (M, B, *out) tensors."""
+    if all(bool(s.detach().sum().isfinite()) for s in samples):
+        return torch.zeros(samples[0].shape[1], dtype=torch.int64, device=samples[0].device)
+    finite = torch.stack([s.detach().isfinite()[..., None].flatten(2).all(dim=-1) for s in samples])
+    return (~finite.all(dim=0)).sum(dim=0)
+
+
+def warn_of_rows(not_finite: Tensor, stacklevel: int = 2) -> None:
+    """A `DropkitWarning` that names the first rows whose outputs were not finite, if there are any.
+
+    Args:
+        not_finite: (B,), of how many members.
+        stacklevel: as in `warnings.warn`, counted from the caller.
+    """
+    rows = not_finite.nonzero().flatten().tolist()
+    if rows:
+        named = ", ".join(str(row) for row in rows[:6]) + (
+            f" and {len(rows) - 6} more" if len(rows) > 6 else ""
+        )
+        warnings.warn(
+            f"outputs of {len(rows)} of {len(not_finite)} rows are not finite: rows {named}. Their statistics are nan "
+            "or infinite, those of the other rows are not touched. Look at these rows' inputs.",
+            DropkitWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 def temper(probabilities: Tensor, temperature: float) -> Tensor:
@@ -374,34 +470,3 @@ def check_fewer(members: int, there: int) -> None:
         raise OptionError(
             f"the first {members} members were asked for; there are {there}, and a spread takes at least 2."
         )
-
-
-def _interpolate(ordered: Tensor, q: float) -> Tensor:
-    position = q * (ordered.shape[0] - 1)
-    below = min(int(position), ordered.shape[0] - 2)
-    return torch.lerp(ordered[below], ordered[below + 1], position - below)
-
-
-def _mixture_quantile(means: Tensor, stds: Tensor, q: float) -> Tensor:
-    """Solve mean over m of Phi((x - means[m]) / stds[m]) = q for x, by Newton steps kept inside a bracket.
-
-    The mixture's quantile lies between the smallest and the largest of its members' quantiles.
-    """
-    z = float(torch.special.ndtri(torch.tensor(q, dtype=torch.float64)))
-    stds = stds.clamp_min(torch.finfo(torch.float64).tiny ** 0.5)
-    member = means + stds * z
-    low, high = member.amin(dim=0), member.amax(dim=0)
-    x = member.mean(dim=0)
-    for turn in range(200):  # 4 to 8 turns do mostly
-        scaled = (x - means) / stds
-        excess = torch.special.ndtr(scaled).mean(dim=0) - q
-        low, high = torch.where(excess < 0, x, low), torch.where(excess > 0, x, high)
-        density = (torch.exp(-0.5 * scaled.square()) / (stds * math.sqrt(2.0 * math.pi))).mean(dim=0)
-        newton = torch.where(excess == 0, x, x - excess / density)
-        done = (newton - x).abs() <= 1e-12 * torch.maximum(x.abs(), high - low)
-        # Between two far modes Newton creeps or leaves the bracket: halve there, and on each fourth turn anyway.
-        inside = (newton > low) & (newton < high) & (turn % 4 != 3)
-        x = torch.where(done | inside, newton, (low + high) / 2)
-        if bool(done.all()):
-            break
-    return x

@@ -62,24 +62,48 @@ def reliability(probabilities: Tensor, y: Tensor, bins: int = 15) -> Reliability
     """
     if bins < 1:
         raise OptionError(f"bins={bins!r} was given; at least 1.")
+    return reliability_of(reliability_sums(probabilities, y, bins))
+
+
+def reliability_sums(probabilities: Tensor, y: Tensor, bins: int) -> Tensor:
+    """(3, bins) float64: rows, sum of confidence and rows that were right, for each bin; those of batches add up.
+
+    Args:
+        probabilities: (B, C).
+        y: (B,) class indices.
+        bins: how many equal bins on [0, 1].
+
+    Raises:
+        NotProbabilitiesError, ShapeError, OptionError: the input is not what it should be.
+    """
     check_class_probabilities(probabilities, axes="B C")
     pick_class(probabilities, y)  # checks y
-    if y.numel() == 0:
-        raise ShapeError("no rows were given; reliability is measured on at least one.")
     top, label = probabilities.detach().double().max(dim=-1)
     right = (label == y.to(label)).double()
-    edges = torch.linspace(0.0, 1.0, bins + 1, dtype=torch.float64)
-    place = torch.bucketize(top, edges[1:-1])
-    count, sure, hits = (
-        torch.bincount(place, weights=w, minlength=bins) for w in (torch.ones_like(top), top, right)
+    inner = torch.linspace(0.0, 1.0, bins + 1, dtype=torch.float64, device=top.device)[1:-1]
+    place = torch.bucketize(top, inner)
+    return torch.stack(
+        [torch.bincount(place, weights=w, minlength=bins) for w in (torch.ones_like(top), top, right)]
     )
+
+
+def reliability_of(sums: Tensor) -> Reliability:
+    """The table of all rows that `reliability_sums` met.
+
+    Raises:
+        ShapeError: there were none.
+    """
+    count, sure, hits = sums.double().cpu()
+    rows = float(count.sum())
+    if rows == 0.0:
+        raise ShapeError("no rows were given; reliability is measured on at least one.")
     gap = (hits - sure).abs()
     return Reliability(
-        edges=tuple(edges.tolist()),
+        edges=tuple(torch.linspace(0.0, 1.0, len(count) + 1, dtype=torch.float64).tolist()),
         count=tuple(int(n) for n in count.tolist()),
         confidence=tuple((sure / count).tolist()),
         accuracy=tuple((hits / count).tolist()),
-        expected_calibration_error=float(gap.sum() / y.numel()),
+        expected_calibration_error=float(gap.sum() / rows),
         maximum_calibration_error=float((gap / count.clamp_min(1.0)).max()),
     )
 

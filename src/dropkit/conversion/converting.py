@@ -60,7 +60,13 @@ def convert(model: nn.Module, *, rows: Mapping[str, int] | None = None) -> Conve
         changed  was               now
         1        torch.nn.Dropout  dropkit.nn.Dropout
     """
-    network = copied(model)
+    return convert_in_place(copied(model), rows)
+
+
+def convert_in_place(network: nn.Module, rows: Mapping[str, int] | None = None) -> Conversion:
+    """`convert` of a copy that is one's own; arguments and errors are the same."""
+    given = class_name(network)
+    ours = any(isinstance(module, StochasticLayer) for module in network.modules())
     replaced: list[Change] = []
     left: list[Left] = []
     said = _row_dims(network, rows or {})
@@ -99,10 +105,9 @@ def convert(model: nn.Module, *, rows: Mapping[str, int] | None = None) -> Conve
             if child is not None and id(child) in new:
                 module._modules[name] = new[id(child)]
     unread = [name for name, module in network.named_modules() if _is_unread(module)]
-    ours = any(isinstance(module, StochasticLayer) for module in model.modules())
     if not replaced and not left and not unread and not ours:
         raise NoMaskError(
-            f"a {class_name(model)} in which nothing draws a mask was given. "
+            f"a {given} in which nothing draws a mask was given. "
             "Put dropout in: dropkit.insert(model, after=torch.nn.ReLU, layer=lambda: dropkit.nn.Dropout(0.1))."
         )
     name_sites(root)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from dropkit.masks import address
+from dropkit.masks import address, compiled
 
 TRANSFORMERS = (
     nn.Transformer,
@@ -60,8 +60,8 @@ def current() -> Frame | None:
 
 def member_asked() -> bool:
     """Whether a committee member is asked for, so that masks act in evaluation too."""
-    if torch.compiler.is_compiling():  # as for dropkit's layers: a graph of an evaluation pass holds no mask
-        return False
+    if torch.compiler.is_compiling():  # as for dropkit's layers
+        return compiled.members_recorded()
     context = address.current()
     return context is not None and context.member is not None
 

@@ -126,7 +126,7 @@ def _followed_class(base: type[nn.Module]) -> type[nn.Module]:
             "begins with one."
         )
 
-    return marked_class(Followed, base, {"forward": forward})
+    return marked_class(Followed, base, {"forward": forward}, _followed_class)
 
 
 def _follow(name: str, module: nn.Module, layer: nn.Module) -> None:

@@ -7,10 +7,11 @@ original, run as before.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import types
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -73,16 +74,46 @@ def _set_training(module: nn.Module, mode: bool) -> None:
 _classes: dict[tuple[type, type[nn.Module]], type[nn.Module]] = {}
 
 
-def marked_class(mark: type, base: type[nn.Module], namespace: dict[str, Any]) -> type[nn.Module]:
-    """The subclass of `base` with a mark and another forward, under its name; one for each class."""
+def marked_class(
+    mark: type,
+    base: type[nn.Module],
+    namespace: dict[str, Any],
+    maker: Callable[[type[nn.Module]], type[nn.Module]],
+) -> type[nn.Module]:
+    """The subclass of `base` with a mark and another forward, under its name; one for each class.
+
+    `maker` is the function of a module that makes it: a process that gets a copy makes the class anew.
+    """
     if (mark, base) not in _classes:
         same = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+        same["dropkit_maker"] = staticmethod(maker)
+        same["__reduce_ex__"] = _reduce
         # The mark comes last: Python takes the memory layout from the first parent.
         made = types.new_class(
             base.__name__, (base, mark), {}, lambda names: names.update(same, dropkit_base=base, **namespace)
         )
         _classes[mark, base] = made
     return _classes[mark, base]
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    """How a copy is made: the class, which no module holds under its name, is made again from its base."""
+    makers, root = [], type(self)
+    while issubclass(root, Served | Followed):
+        makers.append(root.dropkit_maker)  # type: ignore[union-attr]
+        root = root.dropkit_base  # type: ignore[union-attr]
+    function, arguments, *rest = cast(tuple[Any, ...], root.__reduce_ex__(self, protocol))
+    if function is not copyreg.__newobj__:  # type: ignore[attr-defined]
+        raise TypeError(f"a {root.__qualname__} has a way of its own to be copied; restore the model first.")
+    return _remade, (root, tuple(reversed(makers)), *arguments[1:]), *rest
+
+
+def _remade(
+    root: type[nn.Module], makers: tuple[Callable[..., type[nn.Module]], ...], *arguments: Any
+) -> nn.Module:
+    for maker in makers:
+        root = maker(root)
+    return root.__new__(root, *arguments)
 
 
 def served_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -100,7 +131,7 @@ def served_class(base: type[nn.Module]) -> type[nn.Module]:
     namespace: dict[str, Any] = {"forward": forward}
     if read_class(base).gated_by_mode:
         namespace["training"] = property(_is_training, _set_training)
-    return marked_class(Served, base, namespace)
+    return marked_class(Served, base, namespace, served_class)
 
 
 def serve(module: nn.Module, rows: int | None = None) -> None:

@@ -120,7 +120,7 @@ def _read(cls: type[nn.Module]) -> Reading:
                 safe.update(ast.walk(node.value))
             elif isinstance(node, ast.Call):
                 name = "" if _is_of(node.func, own) else _last_name(node.func)  # self.dropout(x) is a module
-                if name in ANSWERED:
+                if name in ANSWERED and not _is_dropkit(function, node.func):
                     answered[name] = None
                     safe.update(part for argument in node.args for part in ast.walk(argument))
                 elif name in DRAWS:
@@ -138,6 +138,18 @@ def _read(cls: type[nn.Module]) -> Reading:
 
 def _is_torch(function: FunctionType) -> bool:
     return (function.__module__ or "").partition(".")[0] in ("torch", "dropkit")
+
+
+def _is_dropkit(function: FunctionType, node: ast.AST) -> bool:
+    """Whether a dotted name, as dropkit.functional.dropout, is one of our own functions, which needs no answer."""
+    if isinstance(node, ast.Name):
+        found = function.__globals__.get(node.id)
+    else:
+        names = ast.unparse(node).split(".")
+        found = function.__globals__.get(names[0])
+        for name in names[1:]:
+            found = getattr(found, name, None)
+    return (getattr(found, "__module__", None) or "").partition(".")[0] == "dropkit"
 
 
 def _tree(function: FunctionType) -> ast.AST | None:

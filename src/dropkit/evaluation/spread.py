@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from dropkit.committee.ranking import auroc
 from dropkit.evaluation.measures import Floats, Ints, root_mean_square, share
 from dropkit.evaluation.records import ErrorBySpread, SpreadBin
 
@@ -95,8 +97,6 @@ def detection_chance(wrong: NDArray[np.bool_], spread: Floats) -> float | None:
     Returns:
         In [0, 1]; 0.5 says spread tells nothing. None where all rows are right, or all wrong.
     """
-    n_wrong = int(wrong.sum())
-    n_right = len(wrong) - n_wrong
-    if n_wrong == 0 or n_right == 0:
-        return None
-    return float((ranks(spread)[wrong].sum() - n_wrong * (n_wrong + 1) / 2) / (n_wrong * n_right))
+    return auroc(
+        torch.from_numpy(np.ascontiguousarray(spread)), torch.from_numpy(np.ascontiguousarray(wrong))
+    )

@@ -253,8 +253,7 @@ def _fill(
         _elementwise(_memory(x), strides, _memory(out), address, scale, rows, width)
         return
     keep = torch.empty((groups * replicas, rows, width), dtype=torch.uint8, device="cpu")
-    ones = np.ones(rows * width, np.uint8)
-    _elementwise(ones, (0, 0), keep.numpy().reshape(-1), address, np.ones_like(scale), rows, width)
+    _keep(keep.numpy().reshape(-1), address, np.ones_like(scale), rows, width)
     collapsed = _collapse(row_sizes, row_shared)
     if fused and collapsed is not None:
         sizes, mask_strides = collapsed
@@ -275,6 +274,18 @@ def _fill(
     lead = [rows] if first and shape else []
     mask_shape = [1 if is_shared else n for n, is_shared in zip(row_sizes, row_shared, strict=True)]
     many.masked_fill_(keep.view(-1, *lead, *mask_shape) == 0, 0)
+
+
+def _keep(target: Array, address: tuple[Any, ...], ones: Array, rows: int, width: int) -> None:
+    """Whether each element is kept, 1 or 0."""
+    keys, members, ids, step, t, fine = address
+    if len(keys) > 1 and ids.shape == (1, 1) and all((v == v.flat[0]).all() for v in (keys, ids, t, fine)):
+        # Many members of one site, a mask for all rows each: they go through the kernel as the rows of one member. Its
+        # counter holds sample + member * 2**40, so that a row with the id member * 2**40 of member 0 is that member.
+        as_rows = (ids[0, 0] + (members << np.uint64(40))).reshape(1, -1)
+        address = (keys[:1], np.zeros(1, np.uint64), as_rows, step, t[:1], fine[:1])
+        rows, ones = len(members), ones[:1]
+    _elementwise(np.ones(rows * width, np.uint8), (0, 0), target, address, ones, rows, width)
 
 
 def _elementwise(

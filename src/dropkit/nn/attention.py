@@ -115,14 +115,43 @@ def scaled_dot_product_attention(
     rows = leading or (1,)
     query, key, value = (x.expand(*rows, *x.shape[-2:]) for x in (query, key, value))
     scores = _Scores(attn_mask, is_causal, 1 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale)
-    if where is None:
+    if compiled.kernels_recorded() and not isinstance(rate, Tensor):
+        p, repeats = torch.tensor(rate, dtype=torch.float64), owner is not None
+        numbers = torch.ops.dropkit.draw(site, repeats)
+        out = torch.ops.dropkit.attention_at(
+            query, key, value, attn_mask, numbers, p, scores.causal, scores.scale
+        )
+    elif where is None:
         p, repeats = torch.as_tensor(rate, dtype=torch.float64), owner is not None
         out = _composite(query, key, value, scores, lambda w: compiled.dropout(w, p, (), site, repeats))
-    elif isinstance(rate, Tensor) or not _is_plain(query, key, value, attn_mask):
-        out = _composite(query, key, value, scores, _dropper(where, rate))
     else:
-        out = _Blockwise.apply(query, key, value, scores, where, rate)
+        out = _attend(query, key, value, scores, where, rate)
     return out if leading else out.squeeze(0)
+
+
+def attend_at(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    where: Draw,
+    p: Tensor,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """`dropkit::attention_at` with the address as it was drawn; arguments as the operator has them."""
+    plain = not torch._C._are_functorch_transforms_active()
+    return _attend(query, key, value, _Scores(mask, causal, scale), where, float(p) if plain else p)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scores: _Scores, where: Draw, rate: float | Tensor
+) -> Tensor:
+    """By the kernels where they can serve, else by the definition."""
+    if isinstance(rate, Tensor) or not _is_plain(query, key, value, scores.mask):
+        return _composite(query, key, value, scores, _dropper(where, rate))
+    out: Tensor = _Blockwise.apply(query, key, value, scores, where, rate)
+    return out
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,7 @@ def drop_block(
     )
     channels = 1 if shared_channels else x.shape[-1 if channels_last else 1]
     places = x.new_ones(
-        len(x),
+        x.shape[0],
         channels,
         *(size - block + 1 for size, block in zip(sizes, blocks, strict=True)),
         dtype=torch.float32,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dropkit.errors import OptionError, ShapeError
-from dropkit.masks import address
+from dropkit.masks import compiled
 
 Map = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -77,7 +77,7 @@ class Convolution:
 
     def by_row(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (B, I, *space) and a weight for each row, (B, O, I / groups, *kernel): the rows as groups of one image."""
-        rows = len(x)
+        rows = x.shape[0]
         y = self(x.reshape(1, -1, *x.shape[2:]), weight.flatten(0, 1), bias, groups=rows * self.groups)
         return y.reshape(rows, -1, *y.shape[2:])
 
@@ -85,7 +85,7 @@ class Convolution:
 def _linear_by_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (B, *, I) and a weight for each row, (B, O, I)."""
     between = math.prod(x.shape[1:-1])
-    y = x.reshape(len(x), between, x.shape[-1]) @ weight.mT
+    y = x.reshape(x.shape[0], between, x.shape[-1]) @ weight.mT
     return y.reshape(*x.shape[:-1], weight.shape[1]) + (0 if bias is None else bias)
 
 
@@ -143,7 +143,7 @@ def take_over(layer: nn.Module, module: nn.Module) -> None:
 
 def one_for_all_rows() -> bool:
     """Whether the open context asks for one member of all rows."""
-    context = None if torch.compiler.is_compiling() else address.current()
+    context = compiled.context_to_read()
     return context is not None and context.member is not None and context.samples is None
 
 

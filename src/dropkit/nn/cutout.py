@@ -57,7 +57,7 @@ def cutout(
     p = p if isinstance(p, Tensor) else check_probability(p)
     if not training:
         return x
-    rows, (height, width) = len(x), x.shape[1:3] if channels_last else x.shape[2:4]
+    rows, (height, width) = x.shape[0], x.shape[1:3] if channels_last else x.shape[2:4]
     gate = dropout(x.new_ones(rows, 1, 1, dtype=torch.float32), p, site=part_of(site, "gate"), owner=owner)
     centre = uniform_numbers((rows, 2), device=x.device, site=part_of(site, "centre"), owner=owner)
     covered = gate == 0

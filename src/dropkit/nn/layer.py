@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dropkit.errors import AddressError, ProbabilityError, check_probability
-from dropkit.masks import address
+from dropkit.masks import address, compiled
 from dropkit.nn.schedules import Schedule
 
 Rate = float | Tensor | Schedule
@@ -51,8 +51,9 @@ class StochasticLayer(nn.Module):
     @property
     def active(self) -> bool:
         """Whether masks act: in training, and in evaluation when a committee member is asked for."""
-        if self.training or torch.compiler.is_compiling():  # a graph of an evaluation pass holds no mask
-            return self.training
+        if self.training or torch.compiler.is_compiling():
+            # A graph of an evaluation pass holds no mask, unless it is recorded for a committee.
+            return self.training or compiled.members_recorded()
         context = address.current()
         return context is not None and context.member is not None
 

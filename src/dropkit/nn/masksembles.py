@@ -154,7 +154,7 @@ def _mask_of_rows(x: Tensor, masks: int, site: str | None, owner: object | None)
             torch.ones(0), FULL_RANGE, site=site, owner=owner
         )  # the pass learns that this place drew
         return _as_mask(context.member, masks).view(1)
-    ones = torch.ones(len(x), dtype=torch.float64, device=x.device)
+    ones = torch.ones(x.shape[0], dtype=torch.float64, device=x.device)
     u = uniform_dropout(ones, FULL_RANGE, site=site, owner=owner) / 2  # in (0, 1), exact
     return (u * masks).long().clamp_max(masks - 1)  # the uppermost u of all may round up
 

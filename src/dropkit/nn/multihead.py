@@ -285,7 +285,7 @@ class MultiheadAttention(RateLayer):
 
     def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """Keys and values (B, S, E) with those that the layer adds, and how many that are."""
-        keys, values, B = [k], [v], len(k)
+        keys, values, B = [k], [v], k.shape[0]  # len(k) would close the number of rows
         if self.bias_k is not None and self.bias_v is not None:
             keys.append(self.bias_k.to(k.dtype).expand(B, 1, -1))
             values.append(self.bias_v.to(v.dtype).expand(B, 1, -1))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dropkit.errors import OptionError, ShapeError
-from dropkit.masks import address
+from dropkit.masks import compiled
 from dropkit.nn.features import dropout
 from dropkit.nn.layer import Rate, RateLayer, StochasticLayer
 
@@ -75,13 +75,12 @@ class MultiSampleDropout(RateLayer):
             raise ShapeError("x of shape () was given; allowed: (B, *features), dim 0 counting the rows.")
         if not self.active:
             return self.head(x).unsqueeze(0)
-        # A compiled graph cannot look at the context, nor does it act in evaluation.
-        context = None if torch.compiler.is_compiling() else address.current()
+        context = compiled.context_to_read()
         count = self.samples if context is None or context.member is None else 1
         copies = x.unsqueeze(1).expand(-1, count, *x.shape[1:])  # (B, K, *features)
         noisy = dropout(copies, self.rate, site=self.site, owner=self)
         out: Tensor = self.head(noisy.flatten(0, 1))
-        return out.unflatten(0, (len(x), count)).transpose(0, 1)
+        return out.unflatten(0, (x.shape[0], count)).transpose(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *features) -> (B, *out), the mean over the masks."""

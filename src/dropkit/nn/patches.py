@@ -57,7 +57,7 @@ def kept_patches(
     _check(x, prefix_tokens)
     count = x.shape[1] - prefix_tokens
     drop = min(round(check_probability(p) * count), count - 1) if count else 0
-    ones = torch.ones(len(x), count, device=x.device)
+    ones = torch.ones(x.shape[0], count, device=x.device)
     if drop == 0:  # every patch stays; the address is drawn all the same, so that later calls keep theirs
         keep = exact_dropout(ones, 0.0, site=site, owner=owner)
     else:

@@ -65,7 +65,7 @@ def drop_path(
         check_probability(p)
     if not training:
         return x
-    gate = dropout(x.new_ones(len(x), *[1] * (x.ndim - 1)), p, site=site, owner=owner)
+    gate = dropout(x.new_ones(x.shape[0], *[1] * (x.ndim - 1)), p, site=site, owner=owner)
     return torch.where(gate == 0, 0.0, x)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from dropkit.errors import AddressError, OptionError, ShapeError
-from dropkit.masks import address
+from dropkit.masks import address, compiled
 from dropkit.nn.features import dropout
 from dropkit.nn.layer import Rate, StochasticLayer, check_rate, rate_now
 from dropkit.nn.recurrent_cells import StepNoise, Weights, gru_step, lstm_step, run_steps
@@ -315,8 +315,8 @@ def _written_in(weights: Weights, noise: StepNoise) -> tuple[Weights, StepNoise]
 
 
 def _is_native(x: Tensor) -> bool:
-    """Whether torch's own kernels can run: they know neither compilers nor transforms."""
-    return x.device.type in ("cpu", "cuda") and is_plain(torch.empty(0))
+    """Whether torch's own kernels can run: they know no compiler and no transform, but a graph may name them."""
+    return x.device.type in ("cpu", "cuda") and (compiled.members_recorded() or is_plain(torch.empty(0)))
 
 
 def _is_zero(p: Rate) -> bool:

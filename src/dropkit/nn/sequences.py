@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from dropkit.errors import OptionError, check_probability
-from dropkit.masks import address, ops
+from dropkit.masks import compiled, ops
 from dropkit.nn.axes import check_axes
 from dropkit.nn.features import dropout
 from dropkit.nn.layer import Rate, RateLayer
@@ -22,7 +22,7 @@ def times_noise(x: Tensor, noise: Tensor) -> Tensor:
 
 def one_mask_for_all_rows() -> bool:
     """Whether the open context asks for one member of all rows; a compiled graph cannot know."""
-    context = None if torch.compiler.is_compiling() else address.current()
+    context = compiled.context_to_read()
     return context is not None and context.member is not None and context.samples is None
 
 

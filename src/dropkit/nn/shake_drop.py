@@ -97,7 +97,7 @@ def shake_drop(
         kept = kept_share(p)
         mean = kept + (1 - kept) * sum(alpha) / 2
         return x * (mean.to(x.dtype) if isinstance(mean, Tensor) else mean)
-    gates = x.new_ones(len(x), *[1] * (x.ndim - 1), dtype=torch.float32)
+    gates = x.new_ones(x.shape[0], *[1] * (x.ndim - 1), dtype=torch.float32)
     rows = (0,) if level == "batch" else ()
     shake = dropout(gates, p, shared=rows, site=part_of(site, "gate"), owner=owner) == 0
 

@@ -20,7 +20,7 @@ from dropkit.committee.calibrated import LEVEL, CalibratedCommittee
 from dropkit.errors import DropkitError, ModelDirectoryError, TableError
 from dropkit.masks.address import SEEDS
 from dropkit.records import rebuild
-from dropkit.tables.directory import read_directory
+from dropkit.directory import read_directory
 from dropkit.tables.encoder import Encoder
 from dropkit.tables.source import CHUNK_ROWS, TableSource
 from dropkit.tables.target import Target
@@ -104,7 +104,7 @@ class TableModel:
         calibration: ConformalInterval | Temperature | None,
     ) -> TableModel:  # fmt: skip
         """A model whose committee is made of these parts."""
-        committee = Committee(network.eval(), members, seed, spec.likelihood, allow_no_spread=True)
+        committee = Committee(network.eval(), members, seed, spec.likelihood, allow=("no spread",))
         return cls(encoder, target, spec, network, CalibratedCommittee(committee, calibration))
 
     def predict(self, frame: pd.DataFrame) -> Prediction:

@@ -1,9 +1,10 @@
 """Results on disk: whole or not at all, and verified when read back.
 
-A model is a directory of safetensors and JSON files with a `manifest.json` that states the schema version and the size
-and SHA-256 of every other file. It is written beside its place under a temporary name, brought to disk, and moved
-there in one step, so that nobody ever sees half a model. The digests show damage and careless edits; they are no
-signature, for whoever can change a file can change the manifest too. Reading runs no code from the directory.
+A model, or a committee, is a directory of safetensors and JSON files with a `manifest.json` that states the schema
+version and the size and SHA-256 of every other file. It is written beside its place under a temporary name, brought
+to disk, and moved there in one step, so that nobody ever sees half a model. The digests show damage and careless
+edits; they are no signature, for whoever can change a file can change the manifest too. Reading runs no code from the
+directory.
 """
 
 from __future__ import annotations
@@ -25,9 +26,31 @@ from typing import Any, TextIO
 
 from dropkit.errors import ModelDirectoryError, OutputError
 
-FORMAT = "dropkit model"
-SCHEMA = 1
-"""Version of the directory's layout. It grows when an older release could no longer read the directory."""
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a directory holds.
+
+    Attributes:
+        noun: as people call it.
+        schema: version of the layout. It grows when an older release could no longer read the directory.
+        writer: what writes it.
+        again: what to do about a damaged one.
+    """
+
+    noun: str
+    schema: int
+    writer: str
+    again: str
+
+    @property
+    def format(self) -> str:
+        """What the manifest calls it."""
+        return f"dropkit {self.noun}"
+
+
+MODEL = Kind("model", 1, "dropkit fit", "Copy the model anew or fit again.")
+COMMITTEE = Kind("committee", 1, "Committee.save", "Copy the committee anew or save it again.")
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", re.ASCII)
@@ -43,16 +66,18 @@ class ModelFiles:
         path: the directory.
         schema: version of its layout.
         files: {name: bytes}.
+        kind: what it holds.
     """
 
     path: Path
     schema: int
     files: Mapping[str, bytes]
+    kind: Kind = MODEL
 
     def bytes(self, name: str) -> bytes:
         """The bytes of a file, or say that it is not there."""
         if name not in self.files:
-            raise ModelDirectoryError(f"{self.path} has no {name}. Copy the model anew or fit again.")
+            raise ModelDirectoryError(f"{self.path} has no {name}. {self.kind.again}")
         return self.files[name]
 
     def json(self, name: str) -> Any:
@@ -61,20 +86,25 @@ class ModelFiles:
             return strict_json(self.bytes(name))
         except ValueError as error:
             raise ModelDirectoryError(
-                f"{self.path / name} is not valid JSON ({error}). Copy the model anew or fit again."
+                f"{self.path / name} is not valid JSON ({error}). {self.kind.again}"
             ) from None
 
 
 def write_directory(
-    path: str | Path, files: Mapping[str, bytes | Path | dict[str, Any] | list[Any]], *, force: bool = False
+    path: str | Path,
+    files: Mapping[str, bytes | Path | dict[str, Any] | list[Any]],
+    *,
+    force: bool = False,
+    kind: Kind = MODEL,
 ) -> Path:
-    """Write a model directory in one step.
+    """Write a directory in one step.
 
     Args:
         path: the directory; its parent must be there.
         files: {name: contents}: bytes, a file to copy, or plain data that becomes JSON. The manifest is added.
         force: replace a model that is there. The old one stays until the new one is complete; anything that is not a
-            dropkit model, or holds files that dropkit did not write, is never replaced.
+            dropkit directory of this kind, or holds files that dropkit did not write, is never replaced.
+        kind: what it holds.
 
     Returns:
         The directory.
@@ -82,15 +112,15 @@ def write_directory(
     Raises:
         OutputError: the path exists, its parent does not, or the disk is full or refuses.
     """
-    path = check_directory(path, force=force)
+    path = check_directory(path, force=force, kind=kind)
     for name in files:
         if not _NAME.fullmatch(name) or name == MANIFEST:
-            raise ValueError(f"{name!r} is no name for a file of a model")
+            raise ValueError(f"{name!r} is no name for a file of a {kind.noun}")
     temporary = None
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         entries = {name: _put(temporary / name, content) for name, content in files.items()}
-        manifest = {"format": FORMAT, "schema": SCHEMA, "files": entries}
+        manifest = {"format": kind.format, "schema": kind.schema, "files": entries}
         _put(temporary / MANIFEST, manifest)
         temporary.chmod(0o777 & ~_umask())
         _sync_directory(temporary)
@@ -103,8 +133,8 @@ def write_directory(
     return path
 
 
-def read_directory(path: str | Path) -> ModelFiles:
-    """Read a model directory and check every file against its manifest.
+def read_directory(path: str | Path, kind: Kind = MODEL) -> ModelFiles:
+    """Read a directory and check every file against its manifest.
 
     Raises:
         ModelDirectoryError: not a model, of a newer schema, or a file is missing, truncated, altered, or no plain file.
@@ -112,11 +142,10 @@ def read_directory(path: str | Path) -> ModelFiles:
     path = Path(path)
     if not path.is_dir():
         what = "is not a directory" if path.exists() else "does not exist"
-        raise ModelDirectoryError(f"{path} {what}. Give the directory that dropkit fit wrote.")
-    manifest = _read_manifest(path)
-    return ModelFiles(
-        path, manifest["schema"], {name: _read_entry(path, name, e) for name, e in manifest["files"].items()}
-    )
+        raise ModelDirectoryError(f"{path} {what}. Give the directory that {kind.writer} wrote.")
+    manifest = _read_manifest(path, kind)
+    files = {name: _read_entry(path, name, entry, kind) for name, entry in manifest["files"].items()}
+    return ModelFiles(path, manifest["schema"], files, kind)
 
 
 @contextlib.contextmanager
@@ -157,8 +186,8 @@ def write_file(path: str | Path, *, force: bool = False) -> Iterator[TextIO]:
             temporary.unlink(missing_ok=True)
 
 
-def check_directory(path: str | Path, *, force: bool = False) -> Path:
-    """Return the real path if a model directory may be written there; ask early, before an hour of work.
+def check_directory(path: str | Path, *, force: bool = False, kind: Kind = MODEL) -> Path:
+    """Return the real path if a directory of results may be written there; ask early, before an hour of work.
 
     Raises:
         OutputError: the path exists and may not be replaced, its folder does not exist, or the disk refuses.
@@ -167,7 +196,7 @@ def check_directory(path: str | Path, *, force: bool = False) -> Path:
     try:
         check_output(path, force=force)
         if real.exists():
-            _check_replaceable(real)
+            _check_replaceable(real, kind)
         Path(tempfile.mkdtemp(prefix=f".{real.name}.", suffix=".tmp", dir=real.parent)).rmdir()
     except OSError as error:
         raise error if isinstance(error, OutputError) else _refused(real, error) from None
@@ -260,20 +289,22 @@ def _move_directory(temporary: Path, path: Path) -> None:
     _sync_directory(path.parent)
 
 
-def _check_replaceable(path: Path) -> None:
+def _check_replaceable(path: Path, kind: Kind) -> None:
     """Refuse to replace anything that dropkit did not write itself."""
     if not path.is_dir():
-        raise OutputError(f"{path} is a file, not a model directory; it is not replaced. Give another path.")
+        raise OutputError(
+            f"{path} is a file, not a {kind.noun} directory; it is not replaced. Give another path."
+        )
     there = {entry.name for entry in path.iterdir()}
     if not there:
         return
     if MANIFEST not in there:
-        raise OutputError(f"{path} is not a dropkit model; not even --force replaces it. Give another path.")
+        raise OutputError(f"{path} is not a {kind.format}; not even --force replaces it. Give another path.")
     try:
-        known = {MANIFEST, *_read_manifest(path, any_schema=True)["files"]}
+        known = {MANIFEST, *_read_manifest(path, kind, any_schema=True)["files"]}
     except ModelDirectoryError:
         raise OutputError(
-            f"{path} has a manifest that is not of a dropkit model; it is not replaced. Give another path."
+            f"{path} has a manifest that is not of a {kind.format}; it is not replaced. Give another path."
         ) from None
     foreign = sorted(there - known)
     if foreign:
@@ -283,30 +314,30 @@ def _check_replaceable(path: Path) -> None:
         )
 
 
-def _read_manifest(path: Path, *, any_schema: bool = False) -> dict[str, Any]:
-    again = "Copy the model anew or fit again."
+def _read_manifest(path: Path, kind: Kind, *, any_schema: bool = False) -> dict[str, Any]:
+    again = kind.again
     try:
-        text = _read_plain(path / MANIFEST, _MOST_MANIFEST)
+        text = _read_plain(path / MANIFEST, _MOST_MANIFEST, kind)
     except FileNotFoundError:
         raise ModelDirectoryError(
-            f"{path} has no {MANIFEST}, so it is not a dropkit model. Give what dropkit fit wrote."
+            f"{path} has no {MANIFEST}, so it is not a {kind.format}. Give what {kind.writer} wrote."
         ) from None
     try:
         manifest = strict_json(text)
     except ValueError as error:
         raise ModelDirectoryError(f"{path / MANIFEST} is not valid JSON ({error}). {again}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != kind.format:
         raise ModelDirectoryError(
-            f"{path / MANIFEST} is not the manifest of a dropkit model. Give what dropkit fit wrote."
+            f"{path / MANIFEST} is not the manifest of a {kind.format}. Give what {kind.writer} wrote."
         )
     schema = manifest.get("schema")
     if type(schema) is not int or schema < 1:
         raise ModelDirectoryError(
             f"{path / MANIFEST} has schema {schema!r:.40}; a schema is a whole number from 1. {again}"
         )
-    if schema > SCHEMA and not any_schema:
+    if schema > kind.schema and not any_schema:
         raise ModelDirectoryError(
-            f"{path} is a model of schema {schema}; this release reads schemas 1 to {SCHEMA}. "
+            f"{path} is a {kind.noun} of schema {schema}; this release reads schemas 1 to {kind.schema}. "
             "Upgrade: pip install --upgrade dropkit."
         )
     files = manifest.get("files")
@@ -325,12 +356,12 @@ def _read_manifest(path: Path, *, any_schema: bool = False) -> dict[str, Any]:
     return manifest
 
 
-def _read_entry(path: Path, name: str, entry: dict[str, Any]) -> bytes:
-    again = "Copy the model anew or fit again."
+def _read_entry(path: Path, name: str, entry: dict[str, Any], kind: Kind) -> bytes:
+    again = kind.again
     try:
-        content = _read_plain(path / name, entry["size"] + 1)
+        content = _read_plain(path / name, entry["size"] + 1, kind)
     except FileNotFoundError:
-        raise ModelDirectoryError(f"{path / name} is missing from the model. {again}") from None
+        raise ModelDirectoryError(f"{path / name} is missing from the {kind.noun}. {again}") from None
     if len(content) < entry["size"]:
         raise ModelDirectoryError(
             f"{path / name} is truncated: {len(content)} of {entry['size']} bytes are there. {again}"
@@ -342,7 +373,7 @@ def _read_entry(path: Path, name: str, entry: dict[str, Any]) -> bytes:
     return content
 
 
-def _read_plain(path: Path, most: int) -> bytes:
+def _read_plain(path: Path, most: int, kind: Kind) -> bytes:
     """Read a regular file, never through a link and never more than `most` bytes."""
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
@@ -350,12 +381,10 @@ def _read_plain(path: Path, most: int) -> bytes:
         raise
     except OSError as error:
         what = "is a link" if error.errno == errno.ELOOP else f"cannot be read ({error.strerror})"
-        raise ModelDirectoryError(
-            f"{path} {what}; a model holds plain files. Copy the model anew or fit again."
-        ) from None
+        raise ModelDirectoryError(f"{path} {what}; a {kind.noun} holds plain files. {kind.again}") from None
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise ModelDirectoryError(f"{path} is not a plain file. Copy the model anew or fit again.")
+        raise ModelDirectoryError(f"{path} is not a plain file. {kind.again}")
     with os.fdopen(handle, "rb") as file:
         return file.read(most)
 

@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dropkit.errors import ModelDirectoryError, OutputError
-from dropkit.tables import directory
-from dropkit.tables.directory import (
-    SCHEMA,
+from dropkit import directory
+from dropkit.directory import (
+    MODEL,
     check_output,
     read_directory,
     strict_json,
     write_directory,
     write_file,
 )
+from dropkit.errors import ModelDirectoryError, OutputError
 
 FILES = {"model.json": {"a": [1, 2.5, None], "é": "ü"}, "weights.safetensors": bytes(range(256)) * 8}
 
@@ -53,7 +53,7 @@ def test_json_comes_back_as_it_was(data):
 
 def test_a_model_comes_back_as_it_was(model, tmp_path):
     files = read_directory(model)
-    assert files.schema == SCHEMA
+    assert files.schema == MODEL.schema
     assert files.json("model.json") == FILES["model.json"]
     assert files.bytes("weights.safetensors") == FILES["weights.safetensors"]
     assert names(tmp_path) == {"model"}  # nothing temporary is left
@@ -114,8 +114,8 @@ DAMAGE = {
 }
 MANIFESTS = {
     "newer": (
-        lambda d: d.update(schema=SCHEMA + 1),
-        rf"schema {SCHEMA + 1}; this release reads .* to {SCHEMA}\. Upgrade",
+        lambda d: d.update(schema=MODEL.schema + 1),
+        rf"schema {MODEL.schema + 1}; this release reads .* to {MODEL.schema}\. Upgrade",
     ),
     "schema text": (lambda d: d.update(schema="1"), r"has schema '1'; a schema is a whole number"),
     "schema truth": (lambda d: d.update(schema=True), r"has schema True"),

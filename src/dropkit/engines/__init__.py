@@ -1,0 +1,1 @@
+"""Engines that spread a committee's work over many machines."""
