@@ -367,6 +367,8 @@ def test_bad_input_is_refused_in_words() -> None:
         measure(model, x, torch.stack((y, y), dim=1))
     with pytest.raises(ShapeError, match="classes of shape"):
         measure(model, x, torch.zeros(40, 2, dtype=torch.int64))
+    with pytest.raises(ShapeError, match="returned a tuple"):
+        measure(nn.LSTM(4, 2, 2, dropout=0.1, batch_first=True).double(), x[:, None], y)
     with pytest.raises(OptionError, match="loss='mse'"):
         measure(model, x, y, loss="mse")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="a str was given"):

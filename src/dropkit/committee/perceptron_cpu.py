@@ -23,7 +23,12 @@ IDENTITY, RELU, LEAKY_RELU, TANH, SIGMOID = range(5)
 
 
 # One multiply-add may be one instruction; nothing else may be changed, NaN and infinities least of all.
-@njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+_OPTIONS = {"nogil": True, "cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
+# Written into their caller: a call counts the references of the arrays that it is given, for which threads would fight.
+_inner = njit(**_OPTIONS, inline="always")
+
+
+@njit(**_OPTIONS)
 def run_members(
     x: Array, widths: Array, weights: Array, biases: Array, activations: Array, slopes: Array, noise: Array,
     inputs: int, dense: Array, scale_in: float, before: Array, after: Array, out: Array, start: int, stop: int,
@@ -53,11 +58,15 @@ def run_members(
     for width in widths:
         widest = max(widest, width)
     one, zero = x.dtype.type(1), x.dtype.type(0)
+    # Arrays are read by both indices, without views: a view counts its references, which threads would fight for.
     values, results = np.empty((widest, ROWS), x.dtype), np.empty((widest, ROWS), x.dtype)
     units, made = np.empty(widest, np.int64), np.empty(widest, np.int64)
+    part, base = np.empty((widths[0], ROWS), x.dtype), np.empty((len(dense), ROWS), x.dtype)
     dropped, kept_scale = np.empty(widths[0], np.int64), x.dtype.type(scale_in)
-    for member in range(start, stop):
-        for first in range(0, rows, ROWS):
+    for first in range(0, rows, ROWS):
+        part[:] = x[:, first : first + ROWS]
+        base[:] = dense[:, first : first + ROWS]
+        for member in range(start, stop):
             count, lost = 0, 0
             if len(dense) > 0:
                 for j in range(widths[0]):
@@ -68,9 +77,8 @@ def run_members(
             for j in range(0 if few else widths[0]):
                 factor = noise[member, inputs + j] if inputs >= 0 else one
                 if factor != 0:
-                    line = values[count]
                     for r in range(ROWS):
-                        line[r] = x[j, first + r] * factor
+                        values[count, r] = part[j, r] * factor
                     units[count] = j
                     count += 1
             row_start, bias_start = 0, 0
@@ -82,56 +90,29 @@ def run_members(
                     if factor == 0 and not last:
                         continue
                     scale = noise[member, before[layer] + unit] if before[layer] >= 0 else one
-                    line = results[produced]
-                    row = weights[row_start + unit * width : row_start + (unit + 1) * width]
-                    bias = biases[bias_start + unit]
-                    j = 0
+                    at, bias = row_start + unit * width, biases[bias_start + unit]
                     if scale == 0 or factor == 0:
                         for r in range(ROWS):
-                            line[r] = zero
+                            results[produced, r] = zero
                     elif few and layer == 0:
-                        _take_off(dense[unit], x, row, dropped, lost, first, kept_scale, bias, line)
-                        if scale != 1:
-                            for r in range(ROWS):
-                                line[r] *= scale
+                        _take_off(
+                            results, produced, base, unit, part, dropped, lost, weights, at, bias, kept_scale
+                        )
                     else:
-                        if count >= 4:
-                            w0, w1, w2, w3 = row[units[0]], row[units[1]], row[units[2]], row[units[3]]
-                            v0, v1, v2, v3 = values[0], values[1], values[2], values[3]
-                            for r in range(ROWS):
-                                line[r] = bias + (w0 * v0[r] + w1 * v1[r] + w2 * v2[r] + w3 * v3[r])
-                            j = 4
-                        else:
-                            for r in range(ROWS):
-                                line[r] = bias
-                        while j + 4 <= count:
-                            w0, w1, w2, w3 = (
-                                row[units[j]],
-                                row[units[j + 1]],
-                                row[units[j + 2]],
-                                row[units[j + 3]],
-                            )
-                            v0, v1, v2, v3 = values[j], values[j + 1], values[j + 2], values[j + 3]
-                            for r in range(ROWS):
-                                line[r] += w0 * v0[r] + w1 * v1[r] + w2 * v2[r] + w3 * v3[r]
-                            j += 4
-                        while j < count:
-                            w0, v0 = row[units[j]], values[j]
-                            for r in range(ROWS):
-                                line[r] += w0 * v0[r]
-                            j += 1
-                        if scale != 1:
-                            for r in range(ROWS):
-                                line[r] *= scale
+                        _multiply(results, produced, values, units, count, weights, at, bias)
+                    if scale != 1 and scale != 0:
+                        for r in range(ROWS):
+                            results[produced, r] *= scale
                     if kind == RELU:
                         for r in range(ROWS):
+                            value = results[produced, r]
                             # NaN stays: it is not below 0.
-                            line[r] = zero if line[r] < 0 else line[r] * factor
-                    elif kind != IDENTITY:
-                        _activate(kind, slopes[layer], line)
-                    if kind != RELU and factor != 1:
+                            results[produced, r] = zero if value < 0 else value * factor
+                    else:
+                        if kind != IDENTITY:
+                            _activate(kind, slopes[layer], results, produced)
                         for r in range(ROWS):
-                            line[r] = line[r] * factor if factor != 0 else zero
+                            results[produced, r] = results[produced, r] * factor if factor != 0 else zero
                     made[produced] = unit
                     produced += 1
                 row_start += width * widths[layer + 1]
@@ -139,53 +120,84 @@ def run_members(
                 values, results = results, values
                 units, made = made, units
                 count = produced
-            for unit in range(widths[layers]):
-                line = values[unit]
-                for r in range(ROWS):
-                    out[member, first + r, unit] = line[r]
+            for r in range(ROWS):
+                for unit in range(widths[layers]):
+                    out[member, first + r, unit] = values[unit, r]
 
 
-@njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
-def _take_off(
-    dense: Array,
-    x: Array,
-    row: Array,
-    dropped: Array,
-    lost: int,
-    first: int,
-    scale: float,
+@_inner
+def _multiply(
+    results: Array,
+    produced: int,
+    values: Array,
+    units: Array,
+    count: int,
+    weights: Array,
+    at: int,
     bias: float,
-    line: Array,
 ) -> None:
-    """line = bias + scale * (dense - what the dropped inputs gave), for a block of rows."""
+    """results[produced] = bias + the unit's weights times what the member kept, four inputs at a time."""
+    j = 0
+    if count >= 4:
+        w0, w1 = weights[at + units[0]], weights[at + units[1]]
+        w2, w3 = weights[at + units[2]], weights[at + units[3]]
+        for r in range(ROWS):
+            results[produced, r] = bias + (
+                w0 * values[0, r] + w1 * values[1, r] + w2 * values[2, r] + w3 * values[3, r]
+            )
+        j = 4
+    else:
+        for r in range(ROWS):
+            results[produced, r] = bias
+    while j + 4 <= count:
+        w0, w1 = weights[at + units[j]], weights[at + units[j + 1]]
+        w2, w3 = weights[at + units[j + 2]], weights[at + units[j + 3]]
+        for r in range(ROWS):
+            results[produced, r] += (
+                w0 * values[j, r] + w1 * values[j + 1, r] + w2 * values[j + 2, r] + w3 * values[j + 3, r]
+            )
+        j += 4
+    while j < count:
+        w0 = weights[at + units[j]]
+        for r in range(ROWS):
+            results[produced, r] += w0 * values[j, r]
+        j += 1
+
+
+@_inner
+def _take_off(
+    results: Array, produced: int, base: Array, unit: int, part: Array, dropped: Array, lost: int, weights: Array,
+    at: int, bias: float, scale: float,
+) -> None:  # fmt: skip
+    """results[produced] = bias + scale * (all inputs' product less what the dropped ones gave)."""
     if lost == 0:
         for r in range(ROWS):
-            line[r] = bias + scale * dense[first + r]
+            results[produced, r] = bias + scale * base[unit, r]
     elif lost == 1:
-        w0, v0 = row[dropped[0]], x[dropped[0]]
+        w0, j0 = weights[at + dropped[0]], dropped[0]
         for r in range(ROWS):
-            line[r] = bias + scale * (dense[first + r] - w0 * v0[first + r])
+            results[produced, r] = bias + scale * (base[unit, r] - w0 * part[j0, r])
     else:
-        w0, v0, w1, v1 = row[dropped[0]], x[dropped[0]], row[dropped[1]], x[dropped[1]]
+        w0, j0, w1, j1 = weights[at + dropped[0]], dropped[0], weights[at + dropped[1]], dropped[1]
         for r in range(ROWS):
-            line[r] = dense[first + r] - w0 * v0[first + r] - w1 * v1[first + r]
-        for j in range(2, lost):
-            w0, v0 = row[dropped[j]], x[dropped[j]]
+            results[produced, r] = base[unit, r] - w0 * part[j0, r] - w1 * part[j1, r]
+        for k in range(2, lost):
+            w0, j0 = weights[at + dropped[k]], dropped[k]
             for r in range(ROWS):
-                line[r] -= w0 * v0[first + r]
+                results[produced, r] -= w0 * part[j0, r]
         for r in range(ROWS):
-            line[r] = bias + scale * line[r]
+            results[produced, r] = bias + scale * results[produced, r]
 
 
-@njit(nogil=True, cache=True)
-def _activate(kind: int, slope: float, line: Array) -> None:
-    if kind == LEAKY_RELU:
-        small = line.dtype.type(slope)
-        for r in range(len(line)):
-            line[r] = line[r] * small if line[r] < 0 else line[r]
-    elif kind == TANH:
-        for r in range(len(line)):
-            line[r] = np.tanh(line[r])
-    else:
-        for r in range(len(line)):
-            line[r] = 1 / (1 + np.exp(-line[r]))
+@njit(**_OPTIONS)
+def _activate(kind: int, slope: float, results: Array, produced: int) -> None:
+    """f of one line, in place."""
+    small = results.dtype.type(slope)
+    for r in range(ROWS):
+        value = results[produced, r]
+        if kind == LEAKY_RELU:
+            results[produced, r] = value * small if value < 0 else value
+        elif kind == TANH:
+            results[produced, r] = np.tanh(value)
+        else:
+            results[produced, r] = 1 / (1 + np.exp(-value))

@@ -134,8 +134,6 @@ def subject_of(
             "a model in which no mask acts was given, so there is nothing to measure. Put dropout in: "
             "dropkit.insert(model, after=torch.nn.ReLU, layer=lambda: dropkit.nn.Dropout(0.1))."
         )
-    noise, why = _noise_of(network, x) if formula else (None, "not asked for")
-    _check_rates(network, x, noise)
     with torch.no_grad():
         outputs = network(x.clone())
         if not isinstance(outputs, Tensor):
@@ -143,7 +141,9 @@ def subject_of(
                 f"the model returned a {type(outputs).__name__}; one tensor is needed. Wrap it: a module whose forward "
                 "takes the logits out."
             )
-        plain = chosen(outputs, y)
+    noise, why = _noise_of(network, x) if formula else (None, "not asked for")
+    _check_rates(network, x, noise)
+    plain = chosen(outputs, y)
     check_finite(plain, "the loss without masks")
     return Subject(network, x, y, chosen, context.drawn, noise, why, float(plain))
 
