@@ -180,8 +180,8 @@ def test_frozen_members_are_the_members(name: str) -> None:
 
 
 def frozen(committee: Committee, x: Tensor, form: Any = "batched", at_once: int = 5) -> FrozenMembers:
-    with every_layer_runs(committee._network), torch.no_grad():
-        graph = record(committee._network, x)
+    with every_layer_runs(committee.network), torch.no_grad():
+        graph = record(committee.network, x)
         found = site_masks(graph, committee.seed, committee.members)
         return FrozenMembers(graph, found, committee.members, at_once, form)
 
@@ -224,7 +224,7 @@ def test_masks_are_kept_small_and_are_those_of_the_members() -> None:
     committee = Committee(Picture(), members=3, seed=9)
     x = torch.randn(2, 3, 6, 6)
     with torch.no_grad():
-        graph = record(committee._network, x)
+        graph = record(committee.network, x)
     found = list(site_masks(graph, 9, 3).values())
     assert all(isinstance(mask, SiteMask) for mask in found)
     for mask, shape in zip(found, [(3, 1, 6, 1, 1), (3, 1, 6, 1, 1), (3, 1, 6)], strict=True):

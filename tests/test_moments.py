@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import dropkit as dk
 from dropkit.committee.enumeration import Enumeration, enumerate_masks
 from dropkit.committee.graph import Graph, record
-from dropkit.committee.moment_gaussian import gauss_hermite, larger, through, two_slopes
-from dropkit.committee.moment_record import Check, Factors, Figure, Moments, compare
-from dropkit.committee.moment_values import Spread, added, multiplied
 from dropkit.committee.moments import moments
+from dropkit.committee.moments.gaussian import gauss_hermite, larger, through, two_slopes
+from dropkit.committee.moments.record import Check, Factors, Figure, Moments, compare
+from dropkit.committee.moments.values import Spread, added, multiplied
 from dropkit.errors import MomentsError, OptionError, ShapeError
 
 Module = Callable[[], nn.Module]

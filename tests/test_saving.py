@@ -75,7 +75,7 @@ def test_rates_come_back_whatever_the_given_model_has(tmp_path: Path) -> None:
     again = load(save(tied, tmp_path / "b"), Tied)
     x = torch.randn(6, 4)
     assert torch.equal(again.samples(x), tied.samples(x))
-    assert again._network.attend.dropout == 0.2  # type: ignore[union-attr]
+    assert again.network.attend.dropout == 0.2  # type: ignore[union-attr]
 
 
 def test_tied_weights_are_stored_once(tmp_path: Path) -> None:

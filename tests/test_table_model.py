@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from dropkit.directory import write_directory
 from dropkit.errors import DropkitError, DropkitWarning, ModelDirectoryError, TableError
 from dropkit.jobs import fit_table
-from dropkit.directory import write_directory
 from dropkit.tables.model import MOST_MEMBERS, Seen, TableModel
 from dropkit.tables.reading import from_frame
 from table_examples import QUICK, change_model, kinds, measurements, rewrite

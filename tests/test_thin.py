@@ -20,8 +20,8 @@ import dropkit as dk
 from dropkit.committee import units as u
 from dropkit.committee.graph import Graph, halve, record
 from dropkit.committee.look import committee_copy, every_layer_runs
-from dropkit.committee.thin import Thinning, thin, thin_module
-from dropkit.committee.thin_reading import Reading
+from dropkit.committee.thinning import Thinning, thin, thin_module
+from dropkit.committee.thinning.reading import Reading
 
 SEED = 3
 

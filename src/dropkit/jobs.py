@@ -19,6 +19,7 @@ import pandas as pd
 from dropkit import training
 from dropkit.committee import ClassificationPrediction, Committee, ConformalInterval
 from dropkit.committee.calibrated import LEVEL, CalibratedCommittee
+from dropkit.directory import check_directory, check_output, write_directory, write_file
 from dropkit.errors import OptionError, OutputError, TableError, check_probability
 from dropkit.evaluation import (
     ClassificationEvaluation,
@@ -34,7 +35,6 @@ from dropkit.masks.address import SEEDS
 from dropkit.report import FitReport, Timing, to_html, to_text
 from dropkit.report.summary import data_summary, learning_curves, model_summary, search_summary
 from dropkit.tables.columns import describe_columns
-from dropkit.directory import check_directory, check_output, write_directory, write_file
 from dropkit.tables.encoder import Encoder
 from dropkit.tables.model import LEAST_MEMBERS, MOST_MEMBERS, Seen, TableModel, answer_columns
 from dropkit.tables.reading import from_frame, open_table

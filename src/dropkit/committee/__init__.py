@@ -14,7 +14,7 @@ from dropkit.committee.conformal_sets import ClassSets, ConformalSet
 from dropkit.committee.enumeration import Enumeration, enumerate_masks
 from dropkit.committee.export import exported_program
 from dropkit.committee.information import entropy, expected_entropy, mutual_information
-from dropkit.committee.moment_record import Moments
+from dropkit.committee.moments.record import Moments
 from dropkit.committee.onnx import Export, export
 from dropkit.committee.plan import Plan
 from dropkit.committee.prediction import (

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dropkit.committee.moment_record import Figure
+from dropkit.committee.moments.record import Figure
 from dropkit.committee.prediction import RegressionPrediction, check_rows, pick_class
 from dropkit.errors import OptionError, ShapeError
 

@@ -176,7 +176,7 @@ def calibrate(
 
 def network_of(committee: Committee) -> nn.Module:
     """The network that a committee asks, its sites named."""
-    return committee._network
+    return committee.network
 
 
 def around(committee: Committee, network: nn.Module) -> Committee:

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 from dropkit.committee.averages import Averages, averages
 from dropkit.committee.graph import Graph, RecordingError, record
 from dropkit.committee.look import TROUBLES, Trouble, committee_copy, every_layer_runs
-from dropkit.committee.moment_record import Moments
 from dropkit.committee.moments import Covariance, moments
+from dropkit.committee.moments.record import Moments
 from dropkit.committee.outputs import Inputs, call_arguments, count_rows, flatten, joined, moved, take
 from dropkit.committee.plan import Plan, Ways, make_plan
 from dropkit.committee.prediction import (
@@ -31,7 +31,7 @@ from dropkit.committee.prediction import (
 )
 from dropkit.committee.run import Leaves, Tile, Way, ask, ask_within_memory, run_member
 from dropkit.committee.summary import Summary
-from dropkit.committee.thin import thin_module
+from dropkit.committee.thinning import thin_module
 from dropkit.committee.tolerance import Tolerance, draw_leaves_until
 from dropkit.errors import DropkitWarning, MomentsError, NoMaskError, OptionError, ShapeError
 from dropkit.masks.address import MEMBERS, SEEDS
@@ -112,14 +112,14 @@ class Committee:
         self.likelihood = likelihood
         self.per_row = per_row
         self.allow = frozenset(allow)
-        self._network, self.conversion = committee_copy(model)
+        self.network, self.conversion = committee_copy(model)
         self._plans: dict[tuple[Any, ...], tuple[Plan, Way]] = {}
         self._graphs: dict[Any, Graph] = {}
         self._ways: dict[Any, Ways] = {}
 
     def __repr__(self) -> str:
         return (
-            f"Committee({type(self._network).__name__}, members={self.members}, seed={self.seed}, "
+            f"Committee({type(self.network).__name__}, members={self.members}, seed={self.seed}, "
             f"likelihood={self.likelihood!r})"
         )
 
@@ -241,7 +241,7 @@ class Committee:
         """
         _whole("k", k, 0, self.members - 1)
         if x is None:
-            return Member(self._network, self.seed, k)
+            return Member(self.network, self.seed, k)
         try:
             graph = self.graph(x)
         except RecordingError as error:
@@ -250,7 +250,7 @@ class Committee:
                 DropkitWarning,
                 stacklevel=2,
             )
-            return Member(self._network, self.seed, k)
+            return Member(self.network, self.seed, k)
         return thin_module(graph, self.seed, k)
 
     def graph(self, x: Inputs) -> Graph:
@@ -261,7 +261,7 @@ class Committee:
         """
         tile = self._tile(x, 0, min(count_rows(x), self.tile), None)
         with self._ready(grad=False):
-            return record(self._network, tile.inputs, tile.kwargs)
+            return record(self.network, tile.inputs, tile.kwargs)
 
     def plan(self, x: Inputs) -> Plan:
         """How rows of this shape are run, and why; decided on the first rows that come, then kept."""
@@ -276,7 +276,7 @@ class Committee:
 
         Args:
             x: (B, ...).
-            covariance: as in `dropkit.committee.moments`.
+            covariance: as in `dropkit.committee.moments.moments`.
             check: how many members are sampled for the comparison, on at most 32 rows; 0 for none.
 
         Raises:
@@ -308,7 +308,7 @@ class Committee:
             y: (B,) classes or (B, *out) numbers, to score them by.
         """
         with self._ready(grad=False):
-            plain = self._network(self._moved(x))
+            plain = self.network(self._moved(x))
         return averages(plain, self.samples(x), y, self.likelihood)
 
     def calibrate(self, x: Inputs, y: Tensor, **options: Any) -> CalibratedCommittee:
@@ -342,7 +342,7 @@ class Committee:
         if key not in self._plans:
             with self._ready(grad=False):
                 self._plans[key] = make_plan(
-                    self._network,
+                    self.network,
                     tile,
                     self.seed,
                     self.members,
@@ -355,7 +355,7 @@ class Committee:
 
     @contextmanager
     def _ready(self, grad: bool) -> Iterator[None]:
-        with torch.set_grad_enabled(grad), every_layer_runs(self._network):
+        with torch.set_grad_enabled(grad), every_layer_runs(self.network):
             yield
 
     def _leaves(
@@ -432,7 +432,7 @@ class Committee:
 
     def _moved(self, x: Inputs) -> Any:
         """Rows in the dtype and on the device of the weights; integers (indices) keep their dtype."""
-        weight = next((p for p in self._network.parameters() if p.is_floating_point()), None)
+        weight = next((p for p in self.network.parameters() if p.is_floating_point()), None)
         device, dtype = (None, None) if weight is None else (weight.device, weight.dtype)
         return moved(x, device, dtype)
 

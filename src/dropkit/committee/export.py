@@ -166,9 +166,9 @@ def freeze(
         )
     if members_at_once is not None and (isinstance(members_at_once, bool) or members_at_once < 1):
         raise OptionError(f"members_at_once={members_at_once!r} was given; at least 1 member runs at a time.")
-    with every_layer_runs(committee._network), torch.no_grad():
+    with every_layer_runs(committee.network), torch.no_grad():
         try:
-            graph = record(committee._network, x)
+            graph = record(committee.network, x)
         except RecordingError as error:
             raise ExportError(
                 f"the model cannot be written as a graph: {error}. A way that depends on values is the usual reason; "
@@ -228,7 +228,7 @@ def example_rows(committee: Committee, x: Tensor | np.ndarray[Any, Any]) -> Tens
             f"x of shape {tuple(rows.shape)} was given; an export needs at least one row of the kind that will come, "
             "(B, ...)."
         )
-    weight = next((p for p in committee._network.parameters() if p.is_floating_point()), None)
+    weight = next((p for p in committee.network.parameters() if p.is_floating_point()), None)
     if weight is not None:
         rows = rows.to(weight.device, weight.dtype if rows.is_floating_point() else rows.dtype)
     return torch.cat((rows, rows)) if len(rows) == 1 else rows.detach()

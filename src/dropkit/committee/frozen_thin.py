@@ -1,4 +1,4 @@
-"""A committee's members as one plain module, each without the units that it drops; see `thin.py` and `frozen.py`."""
+"""A committee's members as one plain module, each without the units that it drops; see `thinning` and `frozen.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dropkit.committee.frozen import lean
 from dropkit.committee.graph import Graph, halve
-from dropkit.committee.thin import thin
+from dropkit.committee.thinning import thin
 
 
 class ThinnedMembers(nn.Module):

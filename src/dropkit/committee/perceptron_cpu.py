@@ -22,13 +22,12 @@ ROWS = 64  # rows of a block
 IDENTITY, RELU, LEAKY_RELU, TANH, SIGMOID = range(5)
 
 
-# One multiply-add may be one instruction; nothing else may be changed, NaN and infinities least of all.
-_OPTIONS = {"nogil": True, "cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
-# Written into their caller: a call counts the references of the arrays that it is given, for which threads would fight.
-_inner = njit(**_OPTIONS, inline="always")
+# "contract": a multiply-add may be one instruction; nothing else may be changed, NaN and infinities least of all.
+# Inner functions are written into their caller: a call counts the references of its arrays, for which threads would fight.
+_inner = njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy", inline="always")
 
 
-@njit(**_OPTIONS)
+@njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
 def run_members(
     x: Array, widths: Array, weights: Array, biases: Array, activations: Array, slopes: Array, noise: Array,
     inputs: int, dense: Array, scale_in: float, before: Array, after: Array, out: Array, start: int, stop: int,
@@ -189,7 +188,7 @@ def _take_off(
             results[produced, r] = bias + scale * results[produced, r]
 
 
-@njit(**_OPTIONS)
+@njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
 def _activate(kind: int, slope: float, results: Array, produced: int) -> None:
     """f of one line, in place."""
     small = results.dtype.type(slope)

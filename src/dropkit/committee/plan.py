@@ -21,7 +21,7 @@ from dropkit.committee.graph import Graph, RecordingError, halve, reach_kernels,
 from dropkit.committee.look import Look, Trouble, look, output_leaves, some_names
 from dropkit.committee.perceptron import Kernel, find_perceptron
 from dropkit.committee.run import Eager, Leaves, Recorded, Thinned, Tile, Way, count_rows
-from dropkit.committee.thin import Thinning, thin
+from dropkit.committee.thinning import Thinning, thin
 from dropkit.conversion.records import Conversion
 from dropkit.masks.address import masks
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dropkit.committee.thin import Thinning
+from dropkit.committee.thinning import Thinning
 from dropkit.errors import LackOfMemoryError
 from dropkit.masks.address import masks
 

@@ -120,7 +120,7 @@ def save(committee: Committee, path: str | Path, *, force: bool = False) -> Path
     """
     from safetensors.torch import save as to_bytes
 
-    network = committee._network
+    network = committee.network
     state = {name: t for name, t in network.state_dict().items() if isinstance(t, Tensor)}
     stored = _same_values(state)
     recipe = Recipe(
@@ -195,8 +195,8 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module]) -> Commit
         )
     except DropkitError as error:
         raise ModelDirectoryError(f"{path} does not describe a committee: {error}") from None
-    _put_rates(path, committee._network, recipe.sites)
-    _put_weights(path, committee._network, recipe.tensors, weights)
+    _put_rates(path, committee.network, recipe.sites)
+    _put_weights(path, committee.network, recipe.tensors, weights)
     return committee
 
 

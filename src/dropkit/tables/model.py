@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from dropkit.committee import Committee, ConformalInterval, Prediction, RegressionPrediction, Temperature
 from dropkit.committee.calibrated import LEVEL, CalibratedCommittee
+from dropkit.directory import read_directory
 from dropkit.errors import DropkitError, ModelDirectoryError, TableError
 from dropkit.masks.address import SEEDS
 from dropkit.records import rebuild
-from dropkit.directory import read_directory
 from dropkit.tables.encoder import Encoder
 from dropkit.tables.source import CHUNK_ROWS, TableSource
 from dropkit.tables.target import Target

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import fx
 
-from dropkit.committee.thin_reading import Reading, aten, hint
-from dropkit.committee.thin_rules import (
+from dropkit.committee.thinning.reading import Reading, aten, hint
+from dropkit.committee.thinning.rules import (
     Factors,
     Live,
     Needs,
@@ -27,7 +27,7 @@ from dropkit.committee.thin_rules import (
     to_output,
     with_values,
 )
-from dropkit.committee.units import Units, both, dropped, every
+from dropkit.committee.thinning.units import Units, both, dropped, every
 
 
 class Linear(Rule):

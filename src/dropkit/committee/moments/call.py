@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.func import jvp, vmap
 
-from dropkit.committee.moment_values import Account, Spread, spelled
+from dropkit.committee.moments.values import Account, Spread, spelled
 from dropkit.errors import MomentsError
 
 GAUSSIAN = "input taken as Gaussian"

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import fx
 
-from dropkit.committee.thin_reading import Reading, aten, expression, hint
-from dropkit.committee.thin_rules import Factors, Live, Needs, Rule, Sets, Writer, full, with_values
-from dropkit.committee.units import Units, concatenated, every, factor, kron, part, place
+from dropkit.committee.thinning.reading import Reading, aten, expression, hint
+from dropkit.committee.thinning.rules import Factors, Live, Needs, Rule, Sets, Writer, full, with_values
+from dropkit.committee.thinning.units import Units, concatenated, every, factor, kron, part, place
 
 
 def source(node: fx.Node) -> fx.Node:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dropkit.committee.moment_call import Call, operator_name
-from dropkit.committee.moment_values import Spread, masked
+from dropkit.committee.moments.call import Call, operator_name
+from dropkit.committee.moments.values import Spread, masked
 from dropkit.masks.noise_ops import exact_count
 from dropkit.masks.philox import survivor_scale
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dropkit.committee.moment_values import Spread, added
+from dropkit.committee.moments.values import Spread, added
 
 Array = np.ndarray[Any, Any]
 

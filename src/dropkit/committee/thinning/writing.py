@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from dropkit.committee.graph import DRAW, DROPOUT_AT
-from dropkit.committee.thin_cut import (
+from dropkit.committee.thinning.cut import (
     AddressOf,
     Count,
     FactorOf,
@@ -24,11 +24,11 @@ from dropkit.committee.thin_cut import (
     Shift,
     align,
 )
-from dropkit.committee.thin_products import Convolution, Linear
-from dropkit.committee.thin_reading import NOISE_AT, Reading, at, aten
-from dropkit.committee.thin_rules import BatchNorm, Factors, Sets, full, is_tensor
-from dropkit.committee.thin_table import is_needed, rule_of
-from dropkit.committee.units import Units, both, either, every
+from dropkit.committee.thinning.products import Convolution, Linear
+from dropkit.committee.thinning.reading import NOISE_AT, Reading, at, aten
+from dropkit.committee.thinning.rules import BatchNorm, Factors, Sets, full, is_tensor
+from dropkit.committee.thinning.table import is_needed, rule_of
+from dropkit.committee.thinning.units import Units, both, either, every
 
 # A site that drops at most this share is corrected rather than cut: the correction is the smaller product then, also
 # with the dense one, whose rows it is taken from, to be read.

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from dropkit.committee.thin_reading import Reading
-from dropkit.committee.thin_rules import Factors, Sets
-from dropkit.committee.units import Units, Valuation, expected
+from dropkit.committee.thinning.reading import Reading
+from dropkit.committee.thinning.rules import Factors, Sets
+from dropkit.committee.thinning.units import Units, Valuation, expected
 from dropkit.masks.address import Draw, as_int64
 
 

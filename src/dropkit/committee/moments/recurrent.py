@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropkit.committee.moment_call import GAUSSIAN, Call, no_rule
-from dropkit.committee.moment_gaussian import through
-from dropkit.committee.moment_lines import linear
-from dropkit.committee.moment_values import Spread, added, multiplied, spelled
+from dropkit.committee.moments.call import GAUSSIAN, Call, no_rule
+from dropkit.committee.moments.gaussian import through
+from dropkit.committee.moments.lines import linear
+from dropkit.committee.moments.values import Spread, added, multiplied, spelled
 from dropkit.errors import MomentsError
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dropkit.committee.moment_call import Call, tangent
-from dropkit.committee.moment_gaussian import larger
-from dropkit.committee.moment_values import Spread, spelled
+from dropkit.committee.moments.call import Call, tangent
+from dropkit.committee.moments.gaussian import larger
+from dropkit.committee.moments.values import Spread, spelled
 
 
 def max_pooled(call: Call) -> Spread:

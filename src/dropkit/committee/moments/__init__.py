@@ -17,10 +17,10 @@ from torch import Tensor, fx
 from torch.func import vmap
 
 from dropkit.committee.graph import Graph
-from dropkit.committee.moment_call import operator_name
-from dropkit.committee.moment_pass import MASKS, Pass, attribute, output_of
-from dropkit.committee.moment_record import Factors, Joint, LastLayer, Moments
-from dropkit.committee.moment_values import Account, Spread
+from dropkit.committee.moments.call import operator_name
+from dropkit.committee.moments.propagation import MASKS, Pass, attribute, output_of
+from dropkit.committee.moments.record import Factors, Joint, LastLayer, Moments
+from dropkit.committee.moments.values import Account, Spread
 from dropkit.errors import MomentsError, OptionError
 
 Covariance = Literal["diagonal", "full"]

@@ -19,10 +19,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_structure
 
 from dropkit.committee.graph import Graph
-from dropkit.committee.thin_cut import Cut, Recipe, Whole, align
-from dropkit.committee.thin_reading import Reading
-from dropkit.committee.thin_writing import Product, write
-from dropkit.committee.units import Valuation, expected
+from dropkit.committee.thinning.cut import Cut, Recipe, Whole, align
+from dropkit.committee.thinning.reading import Reading
+from dropkit.committee.thinning.units import Valuation, expected
+from dropkit.committee.thinning.writing import Product, write
 from dropkit.masks import compiled
 from dropkit.masks.address import masks
 

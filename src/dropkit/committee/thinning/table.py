@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from dropkit.committee import thin_products as products
-from dropkit.committee import thin_rules as rules
-from dropkit.committee import thin_shapes as shapes
 from dropkit.committee.graph import DROPOUT_AT
-from dropkit.committee.thin_reading import NOISE_AT, Reading, aten
-from dropkit.committee.thin_rules import Live, Needs, Rule, Sets, Writer, full
-from dropkit.committee.units import both, every, kept, nothing
+from dropkit.committee.thinning import products, rules, shapes
+from dropkit.committee.thinning.reading import NOISE_AT, Reading, aten
+from dropkit.committee.thinning.rules import Live, Needs, Rule, Sets, Writer, full
+from dropkit.committee.thinning.units import both, every, kept, nothing
 
 
 class Dropped(Rule):

@@ -19,8 +19,8 @@ import torch
 from torch import fx
 
 from dropkit.committee.graph import DRAW
-from dropkit.committee.thin_reading import Reading, aten
-from dropkit.committee.units import Units, both, either, every, kron
+from dropkit.committee.thinning.reading import Reading, aten
+from dropkit.committee.thinning.units import Units, both, either, every, kron
 
 Sets = tuple[Units, ...]
 Needs = Iterable[tuple[fx.Node, Sets]]

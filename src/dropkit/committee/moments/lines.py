@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 from torch.func import jvp, vmap
 
-from dropkit.committee.moment_call import GAUSSIAN, Call, Guard, before_sum, no_rule, operator_name, tangent
-from dropkit.committee.moment_gaussian import through
-from dropkit.committee.moment_noise import Deferred, masked_each
-from dropkit.committee.moment_values import Spread, added, multiplied
+from dropkit.committee.moments.call import GAUSSIAN, Call, Guard, before_sum, no_rule, operator_name, tangent
+from dropkit.committee.moments.gaussian import through
+from dropkit.committee.moments.noise import Deferred, masked_each
+from dropkit.committee.moments.values import Spread, added, multiplied
 from dropkit.errors import MomentsError
 
 

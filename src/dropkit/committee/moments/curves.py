@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dropkit.committee.moment_call import GAUSSIAN, Call, tangent
-from dropkit.committee.moment_gaussian import through, two_slopes
-from dropkit.committee.moment_lines import mean_of, product
-from dropkit.committee.moment_values import Spread, spelled
+from dropkit.committee.moments.call import GAUSSIAN, Call, tangent
+from dropkit.committee.moments.gaussian import through, two_slopes
+from dropkit.committee.moments.lines import mean_of, product
+from dropkit.committee.moments.values import Spread, spelled
 
 
 def rectified(call: Call) -> Spread:

@@ -11,9 +11,9 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from dropkit.committee.graph import DRAW, Graph
-from dropkit.committee.moment_call import Call, operator_name, tangent
-from dropkit.committee.moment_rules import RULES
-from dropkit.committee.moment_values import Account, Spread, spelled
+from dropkit.committee.moments.call import Call, operator_name, tangent
+from dropkit.committee.moments.rules import RULES
+from dropkit.committee.moments.values import Account, Spread, spelled
 from dropkit.errors import MomentsError
 
 MASKS = ("dropout_at", "noise_at")
