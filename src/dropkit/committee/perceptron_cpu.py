@@ -23,7 +23,7 @@ IDENTITY, RELU, LEAKY_RELU, TANH, SIGMOID = range(5)
 
 
 # "contract": a multiply-add may be one instruction; nothing else may be changed, NaN and infinities least of all.
-# Inner functions are written into their caller: a call counts the references of its arrays, for which threads would fight.
+# Inner functions are written into their caller: a call counts references of its arrays, for which threads would fight.
 _inner = njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy", inline="always")
 
 
