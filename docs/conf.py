@@ -25,6 +25,8 @@ exclude_patterns = ["_build", "extensions"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 default_role = "code"
+# Words before a colon in a property's line are taken for types, and "mean" or "members" has several targets then.
+suppress_warnings = ["ref.python"]
 
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 import dropkit as dk
-from dropkit.committee import units as u
+from dropkit.committee.thinning import units as u
 from dropkit.committee.graph import Graph, halve, record
 from dropkit.committee.look import committee_copy, every_layer_runs
 from dropkit.committee.thinning import Thinning, thin, thin_module
