@@ -17,10 +17,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 import dropkit as dk
-from dropkit.committee.thinning import units as u
 from dropkit.committee.graph import Graph, halve, record
 from dropkit.committee.look import committee_copy, every_layer_runs
 from dropkit.committee.thinning import Thinning, thin, thin_module
+from dropkit.committee.thinning import units as u
 from dropkit.committee.thinning.reading import Reading
 
 SEED = 3
