@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import dropkit
+from dropkit.bench.peers import name_torchvision_operators
 
+name_torchvision_operators()  # torchmetrics imports it, and it cannot be beside a CPU build of torch
 sys.path.insert(0, str(Path(__file__).parent / "extensions"))
 
 project = "dropkit"

@@ -1,13 +1,8 @@
-"""Models of timm, transformers and PyTorch Geometric, small and with random weights: a committee of each has spread.
-
-torchvision, which timm needs, does not import beside a CPU build of torch, because two
-operators of its compiled part are missing. They are declared here, for these tests; nothing below calls them.
-"""
+"""Models of timm, transformers and PyTorch Geometric, small and with random weights: a committee of each has spread."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,10 +17,6 @@ MISSING = [
 ]
 if MISSING:
     pytest.skip(f"{', '.join(MISSING)} of the test extra are not installed", allow_module_level=True)
-if torch.version.cuda is None and not version("torchvision").endswith("+cpu"):
-    _library = torch.library.Library("torchvision", "FRAGMENT")
-    for _operator in ("nms", "qnms"):
-        _library.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import timm  # noqa: E402
 import transformers  # noqa: E402

@@ -8,9 +8,12 @@ chance; all else is the prefix, the same for all members. Thinning, moments and 
 from __future__ import annotations
 
 import inspect
+import io
+import logging
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -81,12 +84,13 @@ def record(
     kwargs = kwargs or {}
     rows = _open_rows(network, inputs, kwargs)
     try:
-        with warnings.catch_warnings(), masks(seed=0, member=0), compiled.recording(how), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with _quietly(), masks(seed=0, member=0), compiled.recording(how), torch.no_grad():
             program = torch.export.export(network, inputs, kwargs, dynamic_shapes=rows, strict=False)
             module = program.module(check_guards=False)
     except Exception as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        if "data-dependent" in lines[0]:
+            raise RecordingError("its code goes one way or another by the values that it meets") from error
         raise RecordingError(lines[0]) from error
     assert isinstance(module, fx.GraphModule)
     share_weights(module, network)
@@ -101,6 +105,25 @@ def record(
     module.graph.lint()
     module.recompile()
     return read(module)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """What torch has to say of a model that cannot be recorded, pages of it, is said by us in a line."""
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch.fx", "torch.fx.experimental.symbolic_shapes", "torch.export")
+    ]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def _open_rows(network: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:

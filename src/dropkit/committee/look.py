@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -103,13 +104,19 @@ def look(
         ShapeError: the model does not return tensors with the rows first.
     """
     outputs: dict[str, list[Tensor]] = {}
+    inside: list[str] = []
+    others = _Others(inside)
     generator = torch.random.get_rng_state()
-    with ExitStack() as stack, FlopCounterMode(display=False) as counter:
+    with ExitStack() as stack, FlopCounterMode(display=False) as counter, others:
         for name, module in network.named_modules():
-            hook = module.register_forward_hook(
-                lambda _m, _i, out, name=name: outputs.setdefault(name, []).append(out)
-            )
-            stack.callback(hook.remove)
+            enter = module.register_forward_pre_hook(lambda _m, _i, name=name: inside.append(name))
+            stack.callback(enter.remove)
+
+            def leave(_m: nn.Module, _i: Any, out: Any, name: str = name) -> None:
+                inside.pop()
+                outputs.setdefault(name, []).append(out)
+
+            stack.callback(module.register_forward_hook(leave).remove)
         result, sites = run_member(network, tile.inputs, tile.kwargs, seed, 0, tile.ids)
     layers = {name: m for name, m in network.named_modules() if isinstance(m, StochasticLayer)}
     reached = outputs.keys() | _lent(sites, layers)
@@ -122,12 +129,12 @@ def look(
     leaves = output_leaves(result, rows)
     if not sites and "no spread" not in allow:
         raise NoMaskError(_no_mask_message(layers, silent))
+    _refuse_other_randomness(others, generator, allow)
     if silent and "silent sites" not in allow and sites:
         raise NoMaskError(
             f"these noisy places stay silent in the committee: {some_names(silent)}, so its spread leaves them out. "
             "Use dropkit's layers there; or accept it: allow=('silent sites',)."
         )
-    _refuse_other_randomness(generator, allow)
     on_output = _dropout_on_output(layers, outputs, leaves)
     if on_output and "dropout on the output" not in allow:
         raise NoMaskError(
@@ -187,12 +194,28 @@ def _torch_noise(network: nn.Module) -> list[str]:
     return found
 
 
-def _refuse_other_randomness(before: Tensor, allow: Collection[Trouble]) -> None:
+class _Others(TorchDispatchMode):
+    """Notes the random operators of a pass that are none of dropkit's, and in which module each is called."""
+
+    def __init__(self, inside: list[str]) -> None:
+        super().__init__()
+        self.inside = inside
+        self.found: dict[str, None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags and func.namespace != "dropkit":
+            where = self.inside[-1] if self.inside else ""
+            self.found[f"{func.overloadpacket.__name__} in {where or 'the model'}"] = None
+        return func(*args, **(kwargs or {}))
+
+
+def _refuse_other_randomness(others: _Others, before: Tensor, allow: Collection[Trouble]) -> None:
     if torch.equal(before, torch.random.get_rng_state()) or "other randomness" in allow:
         return
+    named = f": {', '.join(others.found)}" if others.found else ""
     raise OptionError(
-        "the model draws other random numbers in evaluation, from torch's generator, so that no member is a function. "
-        "dropkit.scan(model, example) names the place; or accept it: allow=('other randomness',)."
+        f"the model draws other random numbers in evaluation, from torch's generator{named}. No member is a function. "
+        "Take them out, or accept it: allow=('other randomness',)."
     )
 
 

@@ -90,7 +90,7 @@ class Plan:
             f"one pass: {self.members_at_once} members x {self.rows} rows, widest layer {self.widest} values, "
             f"{self.bytes / 2**20:.1f} MiB",
         ]
-        if self.dense:
+        if self.recorded and self.dense:
             lines.append(
                 f"computed once: {self.prefix / self.dense:.0%} of a pass; for each member: "
                 f"{self.suffix / self.dense:.0%}"
