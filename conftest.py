@@ -15,7 +15,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 from dropkit.bench.peers import name_torchvision_operators
 
-name_torchvision_operators()  # timm, transformers and torchmetrics import it, and it cannot be beside a CPU build of torch
+name_torchvision_operators()  # timm and torchmetrics import it, and beside a CPU build of torch it cannot be imported
 collect_ignore_glob = ["docs/*.py", "docs/extensions/*"]
 collect_ignore = ["src/dropkit/masks/gpu_kernels.py"]  # needs Triton to be imported, and has no examples
 
