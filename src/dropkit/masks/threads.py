@@ -108,9 +108,11 @@ def _openmp() -> Any:
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
         paths = {line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line}
-        if len(paths) != 1:
+        # Other packages bring libraries of the same name; torch's lies in its own folder, or is the only one.
+        own = {path for path in paths if Path(path).is_relative_to(Path(torch.__file__).parent)} or paths
+        if len(own) != 1:
             return None
-        library = ctypes.CDLL(paths.pop())
+        library = ctypes.CDLL(own.pop())
         library.GOMP_parallel.argtypes = (
             _Entry, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint,
         )  # fmt: skip
