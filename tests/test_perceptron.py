@@ -183,3 +183,15 @@ def test_a_chain_is_checked_against_the_model(monkeypatch: pytest.MonkeyPatch) -
     # Were the kernel wrong, the committee would notice and go another way.
     monkeypatch.setattr(plan, "_agree", lambda ours, theirs: False)
     assert Committee(Forward(), members=4).plan(torch.randn(3, 4)).how == "loop"
+
+
+def test_an_input_that_is_not_finite_is_dropped_like_any_other() -> None:
+    # What all members have, less what one dropped, would be infinity less infinity.
+    torch.manual_seed(0)
+    model = nn.Sequential(dk.nn.Dropout(0.25), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1))
+    x = torch.randn(5, 4)
+    x[2, 1] = torch.inf
+    expected = dense(model, x, 24, 0)
+    samples = Committee(model, members=24).samples(x)
+    assert 0 < int(expected[:, 2].isfinite().sum()) < 24
+    torch.testing.assert_close(samples, expected, rtol=1e-5, atol=1e-6, equal_nan=True)

@@ -213,7 +213,7 @@ def hessian_times(
             1
         ]
         return found
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         points = tuple(point.detach().clone().requires_grad_() for point in at)
         with torch.enable_grad():
             slopes = torch.autograd.grad(function(*points), points, create_graph=True)
@@ -230,7 +230,7 @@ def directional(
     try:
         tangent: Tensor = torch.func.jvp(function, at, direction)[1]
         return tangent
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         with torch.enable_grad():
             result: Tensor = torch.autograd.functional.jvp(function, at, direction)[1]
         return result.detach()
@@ -245,7 +245,7 @@ def with_derivatives(subject: Subject, compute: Callable[[], Result]) -> Result:
     try:
         with differentiable():
             return compute()
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         name = layer_without_second_derivative(subject)
         if name is None:
             raise
@@ -289,7 +289,7 @@ def _once_only(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], at
             if lengths:
                 total = torch.stack(lengths).sum()
                 torch.autograd.grad(total, list(points.values()), allow_unused=True)
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return True
     return False
 

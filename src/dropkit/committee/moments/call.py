@@ -123,7 +123,7 @@ def tangent(call: Call, exact: bool = False) -> Any:
             for i, part in enumerate((found,) if single else found):
                 more, before = part.square().sum(dim=0), owns[i]
                 owns[i] = more if before is None else before + more
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         raise MomentsError(no_rule(call, str(error).strip().splitlines()[0])) from error
     results = [Spread(m, f, own, True) for m, f, own in zip(outputs, factors, owns, strict=True)]
     return results[0] if single else results
