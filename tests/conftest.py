@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,3 +49,10 @@ def shared_data() -> Path | None:
 def known_torch_generator() -> None:
     """Start every test from one state of torch's generator, whatever ran before it."""
     torch.manual_seed(20140615)
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_of_others() -> None:
+    """Torch allows 8 compiled versions of code that all modules share, and counts those of other tests too."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

@@ -359,7 +359,7 @@ def test_ctrl_c_leaves_nothing_before_there_is_a_network_and_the_best_one_after(
                 lambda event: signal.raise_signal(signal.SIGINT),
             )
 
-        monkeypatch.setattr(cli, "_progress", pressed)
+        monkeypatch.setattr(sys.modules["dropkit.cli.fit"], "progress_line", pressed)
     ran = dropkit("fit", tables / "t.csv", "--target", "y", "--out", "m", *FAST)
     if when == "reading":
         assert (ran.status, ran.out, ran.left) == (130, "", set())
