@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,6 +43,7 @@ class Plan:
         average: steps over which the weights are averaged (0: not at all).
         members: size of the committee whose validation loss candidates are compared by.
         curve_rows: training rows, at most, on which the training loss is followed.
+        keep: "best": the weights of the lowest validation loss; "last": those of the last look.
     """
 
     max_epochs: int = 100
@@ -52,6 +54,7 @@ class Plan:
     average: int = 100
     members: int = 16
     curve_rows: int = 2048
+    keep: Literal["best", "last"] = "best"
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,8 +125,10 @@ def train_stack(
             validates = looks.lengths[fold_of[k]] > 0
             loss = float(validation[i]) if validates else float("nan")
             curves[k].append((epoch, float(train[i]), loss))
-            if not validates or loss < lowest[k]:
+            improves = not validates or loss < lowest[k]
+            if improves or plan.keep == "last":
                 better.append(i)
+            if improves:
                 state.waited[i] = 0
                 lowest[k] = loss
             else:
