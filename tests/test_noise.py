@@ -417,3 +417,17 @@ def test_what_an_exact_mask_drops_is_zero_whatever_it_was():
     x = torch.tensor([[math.nan, math.inf, -math.inf, 1.0]]).repeat(50, 1).requires_grad_()
     y = in_context("exact", x, 0.5)
     assert ((y == 0).sum(dim=1) == 2).all()
+
+
+@pytest.mark.parametrize("layer", [dk.nn.GaussianDropout, dk.nn.UniformDropout, dk.nn.ExactDropout])
+def test_noise_of_one_rate_says_so_when_given_many(layer):
+    rates = torch.tensor([0.1, 0.2, 0.3])
+    with pytest.raises(ProbabilityError, match=r"shape \(3,\) was given; this noise has one rate"):
+        layer(rates)
+    one = layer(torch.tensor(0.2))
+    with dk.masks(seed=0):
+        y = one(torch.ones(2, 3))
+    with dk.masks(seed=0):
+        torch.testing.assert_close(y, layer(0.2)(torch.ones(2, 3)))
+    with pytest.raises(ProbabilityError, match="one rate"):
+        dk.functional.gaussian_dropout(torch.ones(2, 3), rates)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
-from dropkit.errors import check_probability
+from dropkit.errors import ProbabilityError, check_probability
 from dropkit.masks import noise_ops
 from dropkit.masks.laws import LawName, multiply
 from dropkit.nn.layer import RateLayer
@@ -24,6 +25,7 @@ def _noisy(
     owner: object | None,
 ) -> Tensor:
     """One of the laws that multiply x, at the address of this call."""
+    p = _one_rate(p)
     if not isinstance(p, Tensor):
         p = check_probability(p)
         if law != "exact":
@@ -32,6 +34,16 @@ def _noisy(
         return x
     result = multiply(law, x, p, shared, site, owner)
     return x.copy_(result) if inplace else result
+
+
+def _one_rate(p: float | Tensor) -> float | Tensor:
+    """Return the rate if it is one; these laws have no rate for each feature."""
+    if isinstance(p, Tensor) and p.ndim:
+        raise ProbabilityError(
+            f"p of shape {tuple(p.shape)} was given; this noise has one rate for all elements. Give a number or a 0-d "
+            "tensor, or take dropkit.nn.Dropout, which has a rate for each feature."
+        )
+    return p
 
 
 def gaussian_dropout(
@@ -138,7 +150,23 @@ def exact_dropout(
     return _noisy("exact", x, p, training, inplace, shared, site, owner)
 
 
-class GaussianDropout(RateLayer):
+class _NoiseLayer(RateLayer):
+    """Parent of the three layers below; never built itself."""
+
+    law: ClassVar[LawName]
+
+    def __init__(self, p: float | Tensor | Schedule = 0.5, inplace: bool = False) -> None:
+        super().__init__(p if isinstance(p, Schedule) else _one_rate(p), inplace)
+        if self.law != "exact":
+            for rate in p.rates if isinstance(p, Schedule) else (p,):
+                noise_ops.spread(float(rate), self.law)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *features) -> the same shape."""
+        return _noisy(self.law, x, self.rate, self.active, self.inplace, (), self.site, self)
+
+
+class GaussianDropout(_NoiseLayer):
     """Layer around `gaussian_dropout`; the identity while nobody asks for noise.
 
     Args:
@@ -146,17 +174,10 @@ class GaussianDropout(RateLayer):
         inplace: write the result into the input.
     """
 
-    def __init__(self, p: float | Schedule = 0.5, inplace: bool = False) -> None:
-        super().__init__(p, inplace)
-        for rate in p.rates if isinstance(p, Schedule) else (p,):
-            noise_ops.spread(rate, "gaussian")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, *features) -> the same shape."""
-        return gaussian_dropout(x, self.rate, self.active, self.inplace, site=self.site, owner=self)
+    law = "gaussian"
 
 
-class UniformDropout(RateLayer):
+class UniformDropout(_NoiseLayer):
     """Layer around `uniform_dropout`; the identity while nobody asks for noise.
 
     Args:
@@ -164,17 +185,10 @@ class UniformDropout(RateLayer):
         inplace: write the result into the input.
     """
 
-    def __init__(self, p: float | Schedule = 0.5, inplace: bool = False) -> None:
-        super().__init__(p, inplace)
-        for rate in p.rates if isinstance(p, Schedule) else (p,):
-            noise_ops.spread(rate, "uniform")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, *features) -> the same shape."""
-        return uniform_dropout(x, self.rate, self.active, self.inplace, site=self.site, owner=self)
+    law = "uniform"
 
 
-class ExactDropout(RateLayer):
+class ExactDropout(_NoiseLayer):
     """Layer around `exact_dropout`: exactly round(p n) of a row's n elements fall.
 
     Args:
@@ -182,6 +196,4 @@ class ExactDropout(RateLayer):
         inplace: write the result into the input.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, *features) -> the same shape."""
-        return exact_dropout(x, self.rate, self.active, self.inplace, site=self.site, owner=self)
+    law = "exact"
