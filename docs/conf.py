@@ -22,6 +22,7 @@ extensions = [
     "plain_docstrings",  # before napoleon: it has to see our docstrings first
     "sphinx.ext.napoleon",
     "command_help",
+    "claims_list",
 ]
 exclude_patterns = ["_build", "extensions"]
 myst_enable_extensions = ["colon_fence", "deflist"]

@@ -365,7 +365,8 @@ def test_ctrl_c_leaves_nothing_before_there_is_a_network_and_the_best_one_after(
         assert (ran.status, ran.out, ran.left) == (130, "", set())
         assert ran.err == "dropkit: interrupted; nothing was written.\n"
     else:
-        assert (ran.status, ran.left) == (0, {"m"})
+        assert (ran.status, ran.left) == (0, {"m", "m.partial"})
+        assert "m.partial: the same command with --resume goes on." in ran.err
         assert "The training was interrupted; the model is the best there was until then." in ran.err
         assert dropkit("predict", "m", tables / "t.csv").status == 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from botorch.acquisition import qExpectedImprovement
+from botorch.acquisition import qLogExpectedImprovement
 from botorch.optim import optimize_acqf, optimize_acqf_discrete
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -94,7 +94,7 @@ def test_botorch_sees_the_members():
     prediction = committee.predict(x.reshape(-1, 3))
     torch.testing.assert_close(samples.mean(1).reshape(-1), prediction.mean.reshape(-1))
     torch.testing.assert_close(model.posterior(x).mean, samples.mean(1))
-    acquisition = qExpectedImprovement(model, best_f=float(samples.detach().mean()))
+    acquisition = qLogExpectedImprovement(model, best_f=float(samples.detach().mean()))
     best, value = optimize_acqf(
         acquisition, bounds=torch.tensor([[0.0] * 3, [1.0] * 3]).double(), q=2, num_restarts=2, raw_samples=8
     )
@@ -103,7 +103,7 @@ def test_botorch_sees_the_members():
     picked, _ = optimize_acqf_discrete(acquisition, q=1, choices=choices)
     scores = torch.stack([acquisition(c[None, None]) for c in choices])
     torch.testing.assert_close(picked[0], choices[scores.argmax()])
-    assert value >= 0
+    assert torch.isfinite(value)
     with pytest.raises(ShapeError, match="at least 2 outputs"):
         dropout_model(committee, outputs=2)(x)
 

@@ -18,7 +18,8 @@ from torch import nn
 import dropkit as dk
 from dropkit.committee import Committee
 from dropkit.committee.saving import save
-from dropkit.engines.ray import PartWorker, answers, list_files, make_parts, predict_dataset
+from dropkit.engines.ray import PartWorker, answers, predict_dataset
+from dropkit.engines.ray_parts import list_files, make_parts
 from dropkit.errors import (
     EngineError,
     MissingPackageError,

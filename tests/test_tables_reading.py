@@ -145,7 +145,7 @@ def test_a_sample_is_the_rows_with_the_smallest_keys(rows, n, seed):
 
 
 REFUSED = {
-    "folder": (None, r"is a folder\. A table is a CSV or TSV file .* Give the path of one file"),
+    "folder": (None, r"is a folder without a file that ends in \.parquet\. A table is a CSV or TSV file"),
     "empty": (b"", r"is empty \(0 bytes\)"),
     "blanks": (b" \n \n", r"holds blanks only"),
     "header only": (b"a,b\n", r"has a header \(2 columns\) and no rows\. Give a table with rows"),
@@ -175,6 +175,36 @@ def test_what_is_no_table_is_refused_in_one_line(tmp_path, case):
         whole(open_table(path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_parquet_files_is_one_table_in_the_order_of_their_names(tmp_path):
+    frame = pd.DataFrame({"n": range(9), "t": list("abcdefghi")})
+    for name, start, end in (("b", 4, 9), ("a", 0, 4), ("c", 9, 9)):
+        frame[start:end].to_parquet(tmp_path / f"{name}.parquet", index=False)
+    (tmp_path / "_SUCCESS").touch()
+    (tmp_path / ".a.parquet").write_bytes(b"half a copy")
+    source = open_table(tmp_path)
+    assert source.columns == ("n", "t")
+    for rows in (1, 2, 3, 100):
+        pd.testing.assert_frame_equal(pd.concat(source.chunks(rows)), frame, check_index_type=False)
+    assert source.count() == 9
+    assert source.sample(5, 3).index.tolist() == from_frame(frame).sample(5, 3).index.tolist()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"n": [1]}, r"b\.parquet lacks the column 't' of a\.parquet"),
+        ({"n": [1], "t": ["x"], "u": [1]}, r"b\.parquet has a column 'u', which is not in a\.parquet"),
+        ({"n": [1.5], "t": ["x"]}, r"b\.parquet holds double in the column 'n', beside int64 in a\.parquet"),
+        ({"t": ["x"], "n": [1]}, r"b\.parquet has its columns in another order than a\.parquet"),
+    ],
+)
+def test_files_of_a_folder_have_one_form(tmp_path, other, message):
+    pd.DataFrame({"n": [1], "t": ["x"]}).to_parquet(tmp_path / "a.parquet")
+    pd.DataFrame(other).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(TableError, match=message):
+        open_table(tmp_path)
 
 
 def test_other_mistakes_are_told(tmp_path):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dropkit.committee import Committee
     from dropkit.conversion import convert, insert, restore, scan
     from dropkit.estimators import DropoutClassifier, DropoutRegressor
+    from dropkit.measure.inspection import inspect
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "errors",
     "functional",
     "insert",
+    "inspect",
     "masks",
     "measure",
     "nn",
@@ -39,6 +41,7 @@ _LAZY = {
     "DropoutRegressor": "dropkit.estimators",
     "convert": "dropkit.conversion",
     "insert": "dropkit.conversion",
+    "inspect": "dropkit.measure.inspection",
     "restore": "dropkit.conversion",
     "scan": "dropkit.conversion",
 }

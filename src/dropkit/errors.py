@@ -59,6 +59,14 @@ class ModelDirectoryError(DropkitError, ValueError):
     """A model directory that is damaged, incomplete, altered, or of a newer schema."""
 
 
+class CheckpointError(DropkitError, ValueError):
+    """A checkpoint that is damaged, or of another model, other options, other data or another release."""
+
+
+class DivergedError(DropkitError, ArithmeticError):
+    """A training whose loss stopped being a finite number before anything was learned."""
+
+
 class OutputError(DropkitError, OSError):
     """A result that could not be written: the path exists, or the disk refused."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import tempfile
 import threading
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +22,8 @@ from dropkit import training
 from dropkit.committee import ClassificationPrediction, Committee, ConformalInterval
 from dropkit.committee.calibrated import LEVEL, CalibratedCommittee
 from dropkit.directory import check_directory, check_output, write_directory, write_file
-from dropkit.errors import OptionError, OutputError, TableError, check_probability
+from dropkit.engines import workers as crew
+from dropkit.errors import DivergedError, OptionError, OutputError, TableError, check_probability
 from dropkit.evaluation import (
     ClassificationEvaluation,
     RegressionEvaluation,
@@ -46,6 +49,7 @@ from dropkit.training.fit import EFFORTS, Effort
 from dropkit.training.network import Likelihood
 
 Header = bool | Literal["auto"]
+Train = Callable[..., Fit]  # as `training.fit`
 
 LEAST_ROWS = 20  # fewer cannot be divided into rows to learn from, to stop and calibrate by, and to test on
 CALIBRATION_ROWS = 9  # the least from which a conformal 90 % interval can be had
@@ -134,6 +138,10 @@ def fit_table(
     options: FitOptions | None = None,
     *,
     force: bool = False,
+    resume: bool = False,
+    checkpoint_every: int | None = None,
+    workers: int = 1,
+    engine: str = "torchrun",
     command: str = "",
     say: Callable[[str], None] = lambda sentence: None,
     progress: Callable[[Progress], None] | None = None,
@@ -143,12 +151,22 @@ def fit_table(
     Rows are divided once, by the seed: held-out test rows that nothing looks at before the report; validation rows
     that stop the training, choose the rate and calibrate; the rest to learn from.
 
+    While it trains, checkpoints lie beside the directory, in `OUT.partial`. They go when the model is written, and stay
+    where the run was stopped or killed.
+
     Args:
         table: a CSV or Parquet file, or an open table.
         target: the column to predict.
         out: the model directory to write.
         options: how to fit.
-        force: replace a model that is there.
+        force: replace a model that is there, and begin anew where checkpoints are there.
+        resume: go on from those checkpoints; a model that an interrupted run left is replaced. What comes out is what
+            a run that nobody stopped would have written, byte for byte.
+        checkpoint_every: optimizer steps between two checkpoints; by default some half a minute of work.
+        workers: processes that train together, each on a slice of every batch; what comes out is the same, up to the
+            order in which gradients are summed. They are no part of the options: a run may be resumed with others.
+        engine: who starts them: "torchrun", on this machine, or "ray", on a Ray cluster, all of whose machines must
+            see the folder of `out`, the table, and the folder for temporary files (TMPDIR).
         command: the line to repeat this fit, for the report.
         say: told in sentences what was decided.
         progress: told how the training goes.
@@ -159,11 +177,17 @@ def fit_table(
     Raises:
         TableError: the table or its target cannot be learned from.
         OptionError, ProbabilityError: an option outside what is allowed.
-        OutputError: the directory cannot be written.
+        OutputError: the directory cannot be written, or a fit that was cut short left its checkpoints beside it.
+        CheckpointError: those checkpoints are of other options or another table, or damaged.
+        DivergedError: the loss was no finite number any more before anything was learned.
+        EngineError, MissingPackageError: the workers failed again and again, or their engine is not installed.
     """
     options = options or FitOptions()
     _check(options, target)
-    check_directory(out, force=force)
+    start = crew.start_of(engine, workers)
+    run = _Run(out, options, target, force, resume, checkpoint_every)
+    if resume:
+        say(run.going_on)
     begun = time.perf_counter()
     source = table if isinstance(table, TableSource) else open_table(table, header=options.header)
     described = describe_target(source.cells(source.column(target)), options.task, name=target)
@@ -171,7 +195,41 @@ def fit_table(
         prepared = _prepare(source, described, options, scratch)
         for note in (*source.notes, described.reason, *prepared.notes):
             say(note)
-        return _learn(source, prepared, options, out, force, command, begun, say, progress)
+        if start is None:
+            train: Train = training.fit
+        else:
+            (scratch / "job").mkdir()
+            train = partial(crew.fit, workers=workers, start=start, folder=scratch / "job")
+        return _learn(source, prepared, options, run, train, command, begun, say, progress)
+
+
+class _Run:
+    """Where a fit writes: the model directory, and its checkpoints beside it."""
+
+    def __init__(
+        self, out: str | Path, options: FitOptions, target: str, force: bool, resume: bool, every: int | None
+    ) -> None:
+        real = Path(os.path.realpath(out))
+        self.out, self.resume = out, resume
+        self.checkpoints = training.Checkpoints(
+            real.with_name(f"{real.name}.partial"), of={"target": target, **asdict(options)}, every=every
+        )
+        self.there = self.checkpoints.there()
+        # An interrupted run has left the best model until then; going on from its checkpoints, it is replaced.
+        self.force = force or (resume and self.there)
+        if self.there and not force and not resume:
+            raise OutputError(
+                f"{self.checkpoints.folder} holds the checkpoints of a fit that was cut short. Go on from them with "
+                "--resume, or begin anew with --force."
+            )
+        check_directory(out, force=self.force)
+
+    @property
+    def going_on(self) -> str:
+        """In words, where a resumed run begins."""
+        if self.there:
+            return f"The run goes on from the checkpoints in {self.checkpoints.folder}."
+        return f"There are no checkpoints in {self.checkpoints.folder}; the run begins at the beginning."
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,26 +348,42 @@ def _check_scale(y: np.ndarray[Any, Any], name: str) -> None:
 
 
 def _learn(
-    source: TableSource, prepared: _Prepared, options: FitOptions, out: str | Path, force: bool, command: str,
+    source: TableSource, prepared: _Prepared, options: FitOptions, run: _Run, train: Train, command: str,
     begun: float, say: Callable[[str], None], progress: Callable[[Progress], None] | None,
 ) -> FitReport:  # fmt: skip
     x, y, classes = prepared.encoded.x, prepared.y, len(prepared.target.classes)
     rest = np.setdiff1d(np.arange(len(y)), prepared.test_rows)
     started = time.perf_counter()
-    fit = training.fit(
-        x, y, likelihood=prepared.likelihood, classes=classes or None, rate=options.rate,
-        seed=options.seed, rows=rest, validation_share=max(0.2, CALIBRATION_ROWS / len(rest)),
-        max_epochs=options.max_epochs, effort=options.effort, progress=progress,
-    )  # fmt: skip
+    if not run.resume:
+        run.checkpoints.clear()
+    try:
+        fit = train(
+            x, y, likelihood=prepared.likelihood, classes=classes or None, rate=options.rate,
+            seed=options.seed, rows=rest, validation_share=max(0.2, CALIBRATION_ROWS / len(rest)),
+            max_epochs=options.max_epochs, effort=options.effort, progress=progress, checkpoints=run.checkpoints,
+        )  # fmt: skip
+    except DivergedError:  # there is nothing to go on from
+        run.checkpoints.clear()
+        raise
     trained = time.perf_counter()
-    with _one_more_chance(say):
-        report = _finish(source, prepared, fit, options, out, force, command, say)
+    try:
+        with _one_more_chance(say):
+            report = _finish(source, prepared, fit, options, run, command, say)
+    except KeyboardInterrupt:  # asked twice: the model is given up
+        run.checkpoints.clear()
+        raise
+    if fit.interrupted and run.checkpoints.there():
+        say(
+            f"What was trained so far is kept in {run.checkpoints.folder}: the same command with --resume goes on."
+        )
+    else:
+        run.checkpoints.clear()
     seconds = Timing(search=0.0, training=trained - started, total=time.perf_counter() - begun)
     return replace(report, timing=seconds)
 
 
 def _finish(
-    source: TableSource, prepared: _Prepared, fit: Fit, options: FitOptions, out: str | Path, force: bool, command: str,
+    source: TableSource, prepared: _Prepared, fit: Fit, options: FitOptions, run: _Run, command: str,
     say: Callable[[str], None],
 ) -> FitReport:  # fmt: skip
     """Calibrate, evaluate, and write the directory."""
@@ -323,6 +397,12 @@ def _finish(
     warnings = list(source.notes) + list(prepared.notes)
     if fit.interrupted:
         warnings.append("The training was interrupted; the model is the best there was until then.")
+        say(warnings[-1])
+    if fit.diverged is not None:
+        warnings.append(
+            f"The loss was no finite number any more at step {fit.diverged} of the training, which ended there; the "
+            f"model is the best until then, of epoch {fit.best_epoch}."
+        )
         say(warnings[-1])
     if fit.search is not None:
         say(fit.search.verdict)
@@ -343,7 +423,7 @@ def _finish(
     }
     # A file's name may hold bytes that are no text; they are shown as escapes.
     files = {name: text.encode("utf-8", "backslashreplace") for name, text in texts.items()}
-    write_directory(out, {**model.to_files(), **files}, force=force)
+    write_directory(run.out, {**model.to_files(), **files}, force=run.force)
     return report
 
 

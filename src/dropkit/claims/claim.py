@@ -9,7 +9,7 @@ with the claim, so that no verdict can follow the figures.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,22 +88,68 @@ class Rule:
         """
         if self.kind == "shown":
             return None
-        if not math.isfinite(found.value) or not math.isfinite(found.error):
+        if not is_finite(found, predicted=self.kind == "equal"):
             return "does not hold here"
         if self.kind == "equal":
             return self._judge_equal(found)
         half = critical(found.degrees) * found.error
-        distance = found.value - self.bound if self.kind == "above" else self.bound - found.value
-        return "holds" if distance > half else "does not hold here"
+        return "holds" if self._distance(found) > half else "does not hold here"
+
+    def reason(self, found: Measured) -> str:
+        """In a few words how a figure misses its rule, or how nearly it keeps it; "" where there is nothing to add.
+
+        "opposite": the interval lies on the other side of the bound. "no difference seen": it holds the bound.
+        """
+        verdict = self.judge(found)
+        if verdict in (None, "holds"):
+            return ""
+        if not is_finite(found, predicted=self.kind == "equal"):
+            return "not a finite number"
+        if self.kind == "equal":
+            return self._reason_equal(found, verdict)
+        half = critical(found.degrees) * found.error
+        if self._distance(found) < -half:
+            return f"opposite (interval lies {'below' if self.kind == 'above' else 'above'} {self.bound:g})"
+        seen = "no difference seen" if self.bound == 0 else "not told apart"
+        return f"{seen} (interval holds {self.bound:g})"
+
+    def in_words(self) -> str:
+        """What is asked of the figure: "within 3 standard errors of the prediction", "interval above 0"."""
+        if self.kind == "shown":
+            return "shown beside it"
+        if self.kind != "equal":
+            return f"{100 * LEVEL:g} % interval {self.kind} {self.bound:g}"
+        allowed = f", or {100 * self.relative:g} % of it" if self.relative else ""
+        return f"within {self.tolerance:g} standard errors of the prediction{allowed}"
+
+    def _distance(self, found: Measured) -> float:
+        """How far the figure lies on the right side of the bound."""
+        return found.value - self.bound if self.kind == "above" else self.bound - found.value
 
     def _judge_equal(self, found: Measured) -> Verdict:
-        if found.predicted is None:
-            raise OptionError(f"{self.quantity} has no prediction; a rule of kind 'equal' needs one.")
+        assert found.predicted is not None  # or it would not be finite
         off = abs(found.value - found.predicted)
         rounding = 1e-9 * max(abs(found.value), abs(found.predicted))
         if off <= self.tolerance * found.error + rounding:
             return "holds"
         return "holds within" if off <= self.relative * abs(found.predicted) else "does not hold here"
+
+    def _reason_equal(self, found: Measured, verdict: Verdict | None) -> str:
+        assert found.predicted is not None
+        off = found.value - found.predicted
+        share = f"{digits(100 * abs(off / found.predicted))} %" if found.predicted else digits(abs(off))
+        if verdict == "holds within":
+            return f"off by {share}, {100 * self.relative:g} % allowed"
+        errors = (
+            f"{digits(abs(off) / found.error)} standard errors" if found.error else "exact, without error"
+        )
+        return f"off by {share} ({errors})"
+
+
+def is_finite(found: Measured, *, predicted: bool) -> bool:
+    """Whether a figure and its error are numbers; with `predicted`, its prediction too."""
+    asked = (found.value, found.error, found.predicted if predicted else 0.0)
+    return all(value is not None and math.isfinite(value) for value in asked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +228,7 @@ class Claim:
         rules: what decides, and what is shown beside it; fixed before the run.
         experiment: Setting -> Findings.
         extras: names of the optional extras it needs, for the error where one is missing.
+        seconds: of one core that the short form takes, roughly; the longest start first.
     """
 
     name: str
@@ -192,35 +239,59 @@ class Claim:
     rules: tuple[Rule, ...]
     experiment: Callable[[Setting], Findings]
     extras: tuple[str, ...] = ()
+    seconds: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """One rule with its figure and its verdict (None: only shown)."""
+    """One rule with its figure and its verdict.
+
+    Attributes:
+        rule: what was asked.
+        found: the figure.
+        verdict: None where the figure is only shown.
+        reason: how it misses, or how nearly it holds; "" where there is nothing to add.
+    """
 
     rule: Rule
     found: Measured
     verdict: Verdict | None
+    reason: str = ""
+
+
+def digits(value: float) -> str:
+    """A positive number with two digits, or all that stand before its point."""
+    return f"{value:.2g}" if value < 99.5 else f"{value:,.0f}".replace(",", "\u202f")
 
 
 def judge(claim: Claim, findings: Findings) -> tuple[Verdict, tuple[Judged, ...]]:
     """The verdict on a claim: that of its weakest deciding rule.
 
     Raises:
-        OptionError: the findings and the rules do not name the same figures.
+        OptionError: the findings and the rules do not name the same figures, or a figure lacks the prediction that
+            its rule compares with.
     """
     asked, found = {rule.quantity for rule in claim.rules}, set(findings.figures)
     if asked != found:
         raise OptionError(f"Claim {claim.name}: rules and findings differ in {sorted(asked ^ found)}.")
-    judged = tuple(
-        Judged(rule, findings.figures[rule.quantity], rule.judge(findings.figures[rule.quantity]))
-        for rule in claim.rules
-    )
-    verdicts = [one.verdict for one in judged if one.verdict is not None]
-    order: tuple[Verdict, ...] = ("does not hold here", "holds within", "holds")
-    if not verdicts:
+    for rule in claim.rules:
+        if rule.kind == "equal" and findings.figures[rule.quantity].predicted is None:
+            raise OptionError(f"{rule.quantity} has no prediction; a rule of kind 'equal' needs one.")
+    judged = tuple(judge_figure(rule, findings.figures[rule.quantity]) for rule in claim.rules)
+    if all(one.verdict is None for one in judged):
         raise OptionError(f"Claim {claim.name} has no rule that decides.")
-    return min(verdicts, key=order.index), judged
+    return weakest(judged), judged
+
+
+def judge_figure(rule: Rule, found: Measured) -> Judged:
+    """One figure under its rule."""
+    return Judged(rule, found, rule.judge(found), rule.reason(found))
+
+
+def weakest(judged: Sequence[Judged]) -> Verdict:
+    """The weakest of some verdicts, at least one of which decides."""
+    order: tuple[Verdict, ...] = ("does not hold here", "holds within", "holds")
+    return min((one.verdict for one in judged if one.verdict is not None), key=order.index)
 
 
 def critical(degrees: float) -> float:

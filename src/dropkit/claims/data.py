@@ -1,11 +1,13 @@
 """The data sets of the experiments: a folder of shared sets, then the user's cache, then scikit-learn's own.
 
 DROPKIT_DATA names the folder; without it `../shared/data` beside the working directory's repository is looked at.
-Nothing is fetched at import, and nothing without being asked.
+The cache is what `dropkit claims --fetch` filled. Nothing is fetched at import, and nothing without being asked.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from dropkit.claims.fetching import SETS, cached_files, read_idx
 from dropkit.errors import OptionError
 
 IMAGES = {"mnist": "mnist/mnist_full.npz", "fashion_mnist": "fashion_mnist/fashion_10k_2k.npz"}
@@ -64,11 +67,13 @@ def shared_folder() -> Path | None:
 
 
 def images(name: Literal["mnist", "fashion_mnist"]) -> Images:
-    """MNIST or Fashion-MNIST; scikit-learn's digits (1 797 of 8 x 8 pixels) where the file is not there."""
+    """MNIST or Fashion-MNIST; scikit-learn's digits (1 797 of 8 x 8 pixels) where neither folder nor cache has it."""
+    if name not in IMAGES:
+        raise OptionError(f"{name!r} was given; the sets of images are {', '.join(IMAGES)}.")
     folder = shared_folder()
     path = folder / IMAGES[name] if folder else None
     if path is None or not path.is_file():
-        return _digits(name)
+        return _cached(name) or _digits(name)
     with np.load(path, allow_pickle=False) as file:
         parts = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test")}
     said = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST (10 000 + 2 000 images, a split of our own)"}
@@ -99,6 +104,32 @@ def table(name: str) -> Table:
     return Table(
         rows[:, parts["index_features"]], rows[:, int(parts["index_target"][0])], splits, name,
         {column: np.asarray(published[column], np.float64) for column in published.dtype.names or ()},
+    )  # fmt: skip
+
+
+def fingerprint() -> str:
+    """Names and sizes of the files that the experiments would read here, as a digest.
+
+    Contents are not read: the folder may be large. Results that are kept know by this whether the data changed.
+    """
+    folder = shared_folder()
+    found = sorted(path for path in folder.rglob("*") if path.is_file()) if folder else []
+    shared = [(path.relative_to(folder or path).as_posix(), path.stat().st_size) for path in found]
+    cached = [name for name in SETS if cached_files(name)]
+    return hashlib.sha256(json.dumps([shared, cached]).encode()).hexdigest()
+
+
+def _cached(name: str) -> Images | None:
+    """The set that was fetched, with its own split; None where it was not."""
+    files = cached_files(name)
+    if not files:
+        return None
+    parts = [read_idx(path) for path in files]
+    said = SETS[name].title
+    x_train, y_train, x_test, y_test = parts
+    return Images(
+        _pixels(x_train, 255), y_train.astype(np.int64), _pixels(x_test, 255), y_test.astype(np.int64), said,
+        x_train.shape[-1],
     )  # fmt: skip
 
 

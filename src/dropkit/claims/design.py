@@ -139,8 +139,8 @@ def _process(x: NDArray[np.float32], values: NDArray[np.float64]) -> Pick:
         model = SingleTaskGP(points[rows], target)
         fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
         with torch.no_grad():
-            parts = [model.posterior(part) for part in points[:, None].split(4096)]
-            score = torch.cat([(one.mean + one.variance.sqrt())[:, 0, 0] for one in parts]).numpy()
+            parts = [model.posterior(part) for part in points.split(2048)]  # joint: memory goes with its square
+            score = torch.cat([(one.mean + one.variance.sqrt())[:, 0] for one in parts]).numpy()
         score[rows] = -np.inf
         return greedy(score[None], count)
 

@@ -12,8 +12,10 @@ import typer
 from typer.exceptions import TyperException
 
 from dropkit.cli.bench import bench
+from dropkit.cli.claims import claims
 from dropkit.cli.console import complain
 from dropkit.cli.fit import fit
+from dropkit.cli.inspect import inspect
 from dropkit.cli.predict import predict
 from dropkit.errors import DropkitWarning
 
@@ -40,7 +42,7 @@ def dropkit(
     """Dropout for tables: predictions that know what they don't know."""
 
 
-for command in (fit, predict, bench):
+for command in (fit, predict, inspect, bench, claims):
     app.command()(command)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,11 +49,24 @@ def complain(text: str) -> None:
     typer.echo("dropkit: " + " ".join(text.split()), err=True)
 
 
+def state_in_words(event: Progress) -> str:
+    """Loss, gap and rate of the best network, in one line."""
+    said = [f"epoch {event.epoch}/{event.max_epochs}"]
+    if event.networks > 1:
+        said.append(f"{event.live} of {event.networks} networks")
+    if event.best == event.best:
+        said.append(f"loss {event.best:.3f}, gap {event.gap:+.3f}")
+    elif event.train == event.train:  # nothing validates
+        said.append(f"training loss {event.train:.3f}")
+    inputs = f" (inputs {event.input_rate:g})" if event.input_rate else ""
+    return ", ".join([*said, f"rate {event.rate:g}{inputs}"])
+
+
 @contextmanager
 def progress_line() -> Iterator[tuple[Callable[[str], None], Callable[[Progress], None] | None]]:
     """What is decided goes to standard error; on a terminal a line says how the training goes."""
     from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     console = Console(stderr=True)
@@ -64,26 +77,47 @@ def progress_line() -> Iterator[tuple[Callable[[str], None], Callable[[Progress]
     if not console.is_terminal:
         yield say, None
         return
-    text = (
+    columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=20),
         TextColumn("{task.fields[state]}"),
         TimeElapsedColumn(),
+        TextColumn("left at most"),
+        TimeRemainingColumn(),
     )
-    with Bar(*text, console=console, transient=True) as bar:
+    with Bar(*columns, console=console, transient=True) as bar:
         line = bar.add_task("reading", total=None, state="")
+        shown: tuple[object, ...] = ()
 
         def progress(event: Progress) -> None:
+            nonlocal shown
+            part = (event.stage, event.hidden)
+            if part != shown:  # other networks start from epoch 0: what is left is counted anew
+                bar.reset(line, total=event.max_epochs)
+                shown = part
             what = "searching for the rate" if event.stage == "search" else "training"
-            best = f", best validation loss {event.best:.3f}" if event.best == event.best else ""
-            state = (
-                f"epoch {event.epoch} of {event.max_epochs}, {event.live} of {event.networks} networks{best}"
-            )
-            bar.update(line, description=what, total=event.max_epochs, completed=event.epoch, state=state)
+            bar.update(line, description=what, completed=event.epoch, state=state_in_words(event))
 
         yield say, progress
 
 
-def command_line() -> str:
-    """What was typed, as a shell would take it again."""
-    return shlex.join(["dropkit", *sys.argv[1:]]).encode("utf-8", "backslashreplace").decode()
+@contextmanager
+def logs(
+    log: Path | None, tensorboard: Path | None, *, resume: bool, force: bool
+) -> Iterator[Callable[[Progress], None] | None]:
+    """What writes down how the training goes, where that is asked for."""
+    from dropkit.training import JsonLines, TensorBoard, follow
+
+    with ExitStack() as open_logs:
+        writers: list[Callable[[Progress], None]] = []
+        if log is not None:
+            writers.append(open_logs.enter_context(JsonLines(log, resume=resume, force=force)))
+        if tensorboard is not None:
+            writers.append(open_logs.enter_context(TensorBoard(tensorboard)))
+        yield follow(*writers)
+
+
+def command_line(*without: str) -> str:
+    """What was typed, as a shell would take it again; without some options that make no difference to the result."""
+    words = ["dropkit", *(word for word in sys.argv[1:] if word not in without)]
+    return shlex.join(words).encode("utf-8", "backslashreplace").decode()

@@ -9,7 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from dropkit.cli.console import AsJson, Force, Header, Table, command_line, one_line_errors, progress_line
+from dropkit.cli.console import (
+    AsJson,
+    Force,
+    Header,
+    Table,
+    command_line,
+    logs,
+    one_line_errors,
+    progress_line,
+)
 from dropkit.errors import OptionError
 
 
@@ -19,6 +28,13 @@ class Task(StrEnum):
     auto = "auto"
     regression = "regression"
     classification = "classification"
+
+
+class Engine(StrEnum):
+    """Who starts workers."""
+
+    torchrun = "torchrun"
+    ray = "ray"
 
 
 class Effort(StrEnum):
@@ -51,6 +67,29 @@ def fit(
     ] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Column to leave out; repeatable.")] = None,
     header: Header = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoints of a run that was stopped or killed.")
+    ] = False,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Optimizer steps between checkpoints.", show_default="half a minute of work"
+        ),
+    ] = None,
+    log: Annotated[
+        Path | None,
+        typer.Option(help="JSON-lines file: losses, gap, rate, one line a look.", show_default="none"),
+    ] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Folder of a log for TensorBoard.", show_default="none")
+    ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, help="Processes that train together; the result is that of one, up to rounding."),
+    ] = 1,
+    engine: Annotated[
+        Engine, typer.Option(help="Who starts them: torchrun on this machine, or a Ray cluster.")
+    ] = Engine.torchrun,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -59,6 +98,7 @@ def fit(
         begun = time.perf_counter()
         from dropkit.jobs import DEMO_TARGET, FitOptions, demo_table, fit_table
         from dropkit.report import to_text
+        from dropkit.training import follow
 
         if table is None and target not in (None, DEMO_TARGET):
             raise OptionError(
@@ -80,10 +120,14 @@ def fit(
             ignore=tuple(ignore or ()),
             header="auto" if header is None else header,
         )
-        with progress_line() as (say, progress):
+        with (
+            logs(log, tensorboard, resume=resume, force=force) as written,
+            progress_line() as (say, progress),
+        ):
             report = fit_table(
                 demo_table() if table is None else table, target or DEMO_TARGET, out, options, force=force,
-                command=command_line(), say=say, progress=progress,
+                resume=resume, checkpoint_every=checkpoint_every, workers=workers, engine=engine.value,
+                command=command_line("--resume"), say=say, progress=follow(progress, written),
             )  # fmt: skip
         if as_json:
             typer.echo(report.to_json())

@@ -193,6 +193,8 @@ def _correlation(values: Tensor, width: int) -> float:
     if values.numel() != len(values) * width:
         values = values.flatten(2).mean(dim=2) if values.ndim > 2 and values.shape[1] == width else values
     units = values.double().flatten(1)
+    if len(units) < 2:  # one value for all rows
+        return float("nan")
     units = units[:, units.std(dim=0) > 0]
     if units.shape[1] < 2:
         return float("nan")

@@ -96,12 +96,18 @@ class Subject:
 
 
 def subject_of(
-    model: nn.Module, x: Tensor, y: Tensor, loss: LossFunction | None = None, *, formula: bool = True
+    model: nn.Module | Subject,
+    x: Tensor,
+    y: Tensor,
+    loss: LossFunction | None = None,
+    *,
+    formula: bool = True,
 ) -> Subject:
     """Copy and convert a model, find its noise, and look at its loss.
 
     Args:
-        model: any module (rows, ...) -> (rows, ...) with dropout that `dropkit.convert` knows; not changed.
+        model: any module (rows, ...) -> (rows, ...) with dropout that `dropkit.convert` knows; not changed. Or the
+            subject that was made of it, these rows and this loss: who asks many instruments records the model once.
         x: (B, ...) rows, at least 2.
         y: (B, ...) targets.
         loss: as in `choose_loss`.
@@ -113,6 +119,8 @@ def subject_of(
         NoMaskError: no dropout acts, or all rates are 0.
         MeasurementError: the loss is not finite.
     """
+    if isinstance(model, Subject):
+        return model
     if not isinstance(model, nn.Module):
         raise OptionError(f"a {type(model).__name__} was given; a torch.nn.Module is needed.")
     check_rows(x, y)

@@ -188,7 +188,7 @@ def _predicted(subject: Subject, seed: int) -> dict[str, Tensor]:
     """Variance that the masks add to the input of each BatchNorm, (C,), to first order."""
     noise = subject.smooth
     assert noise is not None
-    module, names = _inputs_of_norms(noise)
+    module, names = inputs_of_norms(noise)
     like = subject.x if subject.x.is_floating_point() else torch.zeros(())
     start = noise.none(like)
     sizes: list[torch.Size] = []
@@ -214,7 +214,7 @@ def _predicted(subject: Subject, seed: int) -> dict[str, Tensor]:
     return added
 
 
-def _inputs_of_norms(noise: NoisyNetwork) -> tuple[fx.GraphModule, list[str]]:
+def inputs_of_norms(noise: NoisyNetwork) -> tuple[fx.GraphModule, list[str]]:
     """The network up to its BatchNorms: (x, noise) -> what each reads; and their names."""
     graph, inputs, names = fx.Graph(), [], []
     copies: dict[fx.Node, fx.Node] = {}

@@ -17,6 +17,7 @@ from dropkit.nn.heads import AttentionDropout, DropKey, HeadDropout
 from dropkit.nn.images import ChannelDropout, ChannelDropout1d, ChannelDropout2d, ChannelDropout3d
 from dropkit.nn.layer import name_sites
 from dropkit.nn.layer_drop import LayerDrop
+from dropkit.nn.layer_rates import rates_of, set_rates
 from dropkit.nn.masksembles import Masksembles
 from dropkit.nn.multihead import MultiheadAttention
 from dropkit.nn.multisample import MultiSampleDropout
@@ -82,7 +83,9 @@ __all__ = [
     "WordDropout",
     "Zoneout",
     "name_sites",
+    "rates_of",
     "schedules",
+    "set_rates",
     "to_classic",
     "to_inverted",
 ]

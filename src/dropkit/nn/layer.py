@@ -7,9 +7,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from dropkit.errors import AddressError, ProbabilityError, check_probability
+from dropkit.errors import ProbabilityError, check_probability
 from dropkit.masks import address, compiled
-from dropkit.nn.schedules import Schedule
+from dropkit.nn.schedules import Schedule, rate_at_step
 
 Rate = float | Tensor | Schedule
 
@@ -68,13 +68,7 @@ def rate_now(p: Rate, layer: nn.Module) -> float | Tensor:
         return p
     if not layer.training:
         return p.final
-    context = address.current()
-    if context is None:
-        raise AddressError(
-            f"{type(layer).__name__} has a scheduled rate, and no masks(...) context says which step this is. "
-            "Open one for each step: with dropkit.masks(seed=..., step=...)."
-        )
-    return p(context.step)
+    return rate_at_step(p, type(layer).__name__)
 
 
 class RateLayer(StochasticLayer):

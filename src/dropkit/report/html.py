@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Callable
 from importlib.resources import files
 
@@ -16,6 +14,7 @@ from dropkit.report.drawing import drawing_style, to_svg
 from dropkit.report.page import page_of
 from dropkit.report.quality import labels
 from dropkit.report.record import FitReport
+from dropkit.report.shell import set_page
 from dropkit.report.verdicts import MAIN
 from dropkit.report.wording import printable, short
 
@@ -25,30 +24,12 @@ def to_html(report: FitReport) -> str:
 
     It carries a policy of its own: no address may be contacted, and no script runs but the page's, by its hash.
     """
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
     page = page_of(report)
-    here = files(__package__)
-    style, script = ((here / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
     drawn = {
-        s.plot.name: Markup(draw(s.plot.name, report, s.plot.label))
-        for s in page.sections
-        if s.plot is not None
+        s.plot.name: draw(s.plot.name, report, s.plot.label) for s in page.sections if s.plot is not None
     }
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=text_only
-    )
-    template = environment.from_string((here / "template.html").read_text(encoding="utf-8"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return template.render(
-        page=page, drawn=drawn, style=Markup(style), script=Markup(script), script_hash=f"sha256-{digest}"
-    )
-
-
-def text_only(value: object) -> object:
-    """Values put into the page, without control characters; markup made here passes."""
-    return printable(value) if type(value) is str else value
+    template = (files(__package__) / "template.html").read_text(encoding="utf-8")
+    return set_page(template, "fit report", page, drawn)
 
 
 def draw(name: str, report: FitReport, label: str) -> str:

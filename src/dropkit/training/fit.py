@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from dropkit.errors import OptionError, ShapeError, check_probability
+from dropkit.errors import DivergedError, OptionError, ShapeError, check_probability
+from dropkit.training.checkpoint import Checkpoints
 from dropkit.training.division import DIVISION, divide_rows, make_folds
 from dropkit.training.network import LIKELIHOODS, Likelihood, NetworkSpec
-from dropkit.training.records import Curve, Fold, Plan, Progress, Rows, Trained
+from dropkit.training.records import Curve, Fold, Plan, Progress, Rows, Team, Trained
 from dropkit.training.search import Candidate, Search, search_candidates
 from dropkit.training.stack import train_stack
 
@@ -41,6 +43,8 @@ class Fit:
         plan: budget and learning rate of the training.
         operations: floating-point operations of all training steps, search included.
         interrupted: somebody stopped it; the network is the best until then.
+        diverged: the optimizer step whose loss was no finite number, where the training ended; the network is the best
+            until then. None: that did not happen to it.
     """
 
     spec: NetworkSpec
@@ -54,6 +58,7 @@ class Fit:
     plan: Plan
     operations: int
     interrupted: bool
+    diverged: int | None = None
 
     @property
     def best_epoch(self) -> int:
@@ -118,6 +123,8 @@ def fit(
     weight_decay: float | None = None,
     effort: Effort = "normal",
     progress: Callable[[Progress], None] | None = None,
+    team: Team | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Fit:
     """Train a network with dropout on a table of numbers.
 
@@ -136,6 +143,9 @@ def fit(
         weight_decay: likewise.
         effort: how many candidates and epochs.
         progress: called after each look at the networks; raise KeyboardInterrupt in it, or press Ctrl-C, to stop early.
+        team: workers that train together, each on a slice of every batch; see `train_stack`.
+        checkpoints: where the training is saved as it goes, and goes on from if something lies there: the fit is the
+            one that nobody stopped, bit for bit.
 
     Returns:
         The fit; after an interrupt the best until then, with `interrupted` set.
@@ -144,6 +154,8 @@ def fit(
         ShapeError: x and y do not match, or fewer than two rows.
         OptionError: an option outside what is allowed; the message says which.
         ProbabilityError: a rate outside [0, 1].
+        DivergedError: the loss was no finite number any more before anything was learned.
+        CheckpointError: the checkpoints are of other options or other data, or damaged.
     """
     n = _check(x, y, likelihood, classes, effort, validation_share, max_epochs, seed)
     outputs = 2 if likelihood == "gaussian" else int(classes if classes is not None else np.max(y) + 1)
@@ -163,14 +175,20 @@ def fit(
             "and leave at least one row to train on."
         )
 
+    if checkpoints is not None:
+        checkpoints = checkpoints.including(
+            likelihood=likelihood, classes=outputs, rate=rate, seed=seed, max_epochs=max_epochs, hidden=hidden,
+            weight_decay=weight_decay, effort=effort, data=_digest(x, y, train, validation),
+        )  # fmt: skip
     candidates = make_candidates(len(train), rate, hidden, weight_decay, effort)
     plan = make_plan(len(train), max_epochs, effort)
     if len(candidates) == 1:
         winner, search, interrupted = None, None, False
     else:
         winner, search, fold, interrupted = _search(
-            x, y, candidates, train, validation, likelihood, outputs, max_epochs, effort, seed, progress
-        )
+            x, y, candidates, train, validation, likelihood, outputs, max_epochs, effort, seed, progress, team,
+            checkpoints,
+        )  # fmt: skip
         candidates = [search.chosen]
         if interrupted:  # the winner has seen the rows of the search alone
             train, validation = fold.train, fold.validation
@@ -180,13 +198,19 @@ def fit(
         spec = NetworkSpec(x.shape[1], chosen.hidden, outputs, chosen.rate, chosen.input_rate, likelihood)
         stack = train_stack(
             x, y, [spec], [chosen.weight_decay], [Fold(train, validation)], [0],
-            plan=replace(plan, members=0), seed=seed, progress=progress,
+            plan=replace(plan, members=0), seed=seed, progress=progress, team=team,
+            checkpoints=None if checkpoints is None else checkpoints.stage("fit"),
         )  # fmt: skip
         winner, interrupted = stack.trained[0], stack.interrupted
         operations += stack.operations
+    if winner.diverged is not None and not winner.curve.best_epoch:
+        raise DivergedError(
+            f"the loss was no finite number any more at step {winner.diverged} of the training, before anything was "
+            "learned. Look for huge or infinite values in x and y."
+        )
     return Fit(
         winner.spec, winner.network(), chosen.weight_decay, train, validation, winner.curve, search, seed, plan,
-        operations, interrupted,
+        operations, interrupted, winner.diverged,
     )  # fmt: skip
 
 
@@ -202,23 +226,16 @@ def _search(
     effort: Effort,
     seed: int,
     progress: Callable[[Progress], None] | None,
+    team: Team | None,
+    checkpoints: Checkpoints | None,
 ) -> tuple[Trained | None, Search, Fold, bool]:
     """Search on folds of a short table, or on one division of some rows of a long one.
 
     Returns:
         The winner where it need not be trained again, else None; the record; the winner's rows; interrupted.
     """
-    whole = len(train) <= SEARCH_ROWS
-    if not whole:
-        generator = np.random.default_rng([seed, DIVISION, 2])
-        train = np.sort(generator.choice(train, SEARCH_ROWS, replace=False))
-        validation = np.sort(
-            generator.choice(validation, min(len(validation), SEARCH_ROWS // 4), replace=False)
-        )
-    few = len(train) < SMALL or effort == "quick"
-    count = 1 if len(train) > FOLDED_ROWS or len(train) < 10 else 3 if few else 4
-    plan = make_plan(len(train), max_epochs, effort)
-    folds = make_folds(train, validation, count, seed=seed)
+    folds, plan, rows = search_folds(train, validation, max_epochs, effort, seed)
+    whole = rows == len(train) + len(validation)
     search, winner, interrupted = search_candidates(
         x,
         y,
@@ -229,9 +246,42 @@ def _search(
         plan=plan,
         seed=seed,
         progress=progress,
+        team=team,
+        checkpoints=checkpoints,
     )
-    search = replace(search, rows=len(train) + len(validation))
+    search = replace(search, rows=rows)
     return (winner if whole or interrupted else None), search, folds[0], interrupted
+
+
+def search_folds(
+    train: Rows, validation: Rows, max_epochs: int | None, effort: Effort, seed: int
+) -> tuple[list[Fold], Plan, int]:
+    """How the candidates for these rows are compared.
+
+    Returns:
+        The folds, on all rows or, of a long table, on some; how long each candidate trains; how many rows take part.
+    """
+    if len(train) > SEARCH_ROWS:
+        generator = np.random.default_rng([seed, DIVISION, 2])
+        train = np.sort(generator.choice(train, SEARCH_ROWS, replace=False))
+        validation = np.sort(
+            generator.choice(validation, min(len(validation), SEARCH_ROWS // 4), replace=False)
+        )
+    few = len(train) < SMALL or effort == "quick"
+    count = 1 if len(train) > FOLDED_ROWS or len(train) < 10 else 3 if few else 4
+    plan = make_plan(len(train), max_epochs, effort)
+    return make_folds(train, validation, count, seed=seed), plan, len(train) + len(validation)
+
+
+def _digest(x: NDArray[np.float32], y: NDArray[np.generic], *rows: Rows) -> str:
+    """What tells this table, and how its rows are divided, from any other."""
+    digest = hashlib.sha256(f"{x.shape} {x.dtype} {y.dtype}".encode())
+    some = max(1, (1 << 26) // max(1, x[:1].nbytes))  # rows of 64 MiB: x may lie on disk
+    for start in range(0, len(x), some):
+        digest.update(np.ascontiguousarray(x[start : start + some]).data)
+    for part in (y, *rows):
+        digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest()
 
 
 def _row_numbers(given: Sequence[int] | Rows, n: int, name: str, least: int) -> Rows:

@@ -34,7 +34,11 @@ def training_noise(rates: Tensor, rows: Tensor, width: int, *, key: Tensor, step
     Returns:
         (K, B, width); a row keeps its mask in whichever network, stack and batch it is.
     """
-    return ops.dropout(torch.ones(1, rows.shape[1], width), key, _NO_MEMBER, rates, rows, step, 0, ())
+    # By the kernel's own door: nothing is differentiated, and one small network spends its time on the way there.
+    if len(rates) == 1:
+        ones = torch.ones(rows.shape[1], width)
+        return ops.dropout_once(ones, int(key), 0, float(rates), rows[0], step, 0, ())[None]
+    return ops.dropout_cpu(torch.ones(1, rows.shape[1], width), key, _NO_MEMBER, rates, rows, step, 0, ())
 
 
 def site_draw(site: str, *, seed: int, member: int | None = None) -> Draw:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -13,6 +14,21 @@ from torch import Tensor
 from dropkit.training.network import NetworkSpec, build_network
 
 Rows = NDArray[np.int64]
+
+
+class Team(Protocol):
+    """Workers that train one model: each takes its part of every batch, and what they find is summed."""
+
+    @property
+    def rank(self) -> int:
+        """Which worker this is, from 0."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by its sum over the workers, added in the order of their ranks: equal bits for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +122,7 @@ class Trained:
         location, scale: mean and standard deviation of the training target (0 and 1 for classes).
         curve: how it came there.
         row_loss: (V,) committee loss of each validation row, nats; empty without validation rows.
+        diverged: the optimizer step, counted from 1, whose loss was no finite number, where it stopped; or None.
     """
 
     spec: NetworkSpec
@@ -114,6 +131,7 @@ class Trained:
     scale: float
     curve: Curve
     row_loss: Tensor
+    diverged: int | None = None
 
     @property
     def committee_loss(self) -> float:
@@ -141,6 +159,10 @@ class Progress:
         epoch: epochs done; max_epochs: epochs at most.
         live: networks still training; networks: of how many.
         best: lowest validation loss so far, nats (NaN without validation rows).
+        step: optimizer steps done.
+        hidden: width of each hidden layer of these networks.
+        rate: of the network with that loss; input_rate: its other one. Without validation rows, the first network's.
+        train, validation: that network's losses when it was last looked at, nats.
     """
 
     stage: str
@@ -149,6 +171,17 @@ class Progress:
     live: int
     networks: int
     best: float
+    step: int
+    hidden: tuple[int, ...]
+    rate: float
+    input_rate: float
+    train: float
+    validation: float
+
+    @property
+    def gap(self) -> float:
+        """Generalisation gap of that network, nats: validation loss minus training loss."""
+        return self.validation - self.train
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dropkit.training.checkpoint import Checkpoints
 from dropkit.training.network import Likelihood, NetworkSpec
-from dropkit.training.records import Fold, Plan, Progress, Trained
+from dropkit.training.records import Fold, Plan, Progress, Team, Trained
 from dropkit.training.stack import train_stack
 
 
@@ -132,6 +133,8 @@ def search_candidates(
     plan: Plan,
     seed: int,
     progress: Callable[[Progress], None] | None = None,
+    team: Team | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[Search, Trained, bool]:
     """Train every candidate on every fold and choose.
 
@@ -147,12 +150,13 @@ def search_candidates(
         by_width.setdefault(candidate.hidden, []).append(candidate)
     results: dict[Candidate, list[Trained]] = {}
     operations, interrupted = 0, False
-    for hidden, group in by_width.items():
+    for i, (hidden, group) in enumerate(by_width.items()):
         pairs = [(candidate, f) for candidate in group for f in range(len(folds))]
         specs = [NetworkSpec(x.shape[1], hidden, outputs, c.rate, c.input_rate, likelihood) for c, _ in pairs]
         stack = train_stack(
             x, y, specs, [c.weight_decay for c, _ in pairs], folds, [f for _, f in pairs],
-            plan=plan, seed=seed, progress=progress, stage="search",
+            plan=plan, seed=seed, progress=progress, stage="search", team=team,
+            checkpoints=None if checkpoints is None else checkpoints.stage(f"search-{i}"),
         )  # fmt: skip
         for (candidate, _), trained in zip(pairs, stack.trained, strict=True):
             results.setdefault(candidate, []).append(trained)

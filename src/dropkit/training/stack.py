@@ -10,8 +10,10 @@ Cost of a step: 3 * 2 * K * B * sum(in * out) floating-point operations (forward
 
 from __future__ import annotations
 
+import hashlib
+import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -19,35 +21,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dropkit.errors import CheckpointError, DropkitWarning, OutputError
+from dropkit.training.checkpoint import Checkpoints
+from dropkit.training.interrupt import Interrupts
 from dropkit.training.losses import LOSSES
 from dropkit.training.network import NetworkSpec
-from dropkit.training.program import (
-    forward,
-    initial_weights,
-    member_noise,
-    site_draw,
-    site_rates,
-    training_noise,
-)
-from dropkit.training.records import Curve, Fold, Plan, Progress, Rows, StackResult, Trained
+from dropkit.training.program import forward, member_noise, site_draw, site_rates, training_noise
+from dropkit.training.records import Curve, Fold, Plan, Progress, Rows, StackResult, Team, Trained
 from dropkit.training.rows import Looks, Table, epoch_rows
+from dropkit.training.state import RUNNING, StackState
 
 ONE_THREAD = 50_000_000  # operations of a step below which waking a second thread costs more than it saves
-
-
-@dataclass(slots=True)
-class _State:
-    """The networks still in the program. Position i is network `live[i]` of the caller's."""
-
-    live: list[int]
-    parameters: list[Tensor]
-    averages: list[Tensor]
-    optimizer: torch.optim.Optimizer
-    fold: Tensor
-    rates: list[Tensor]  # (K,) for each site
-    noisy: list[bool]  # whether any network drops at the site
-    decay: Tensor
-    waited: NDArray[np.int64]
+# Between two checkpoints, where nobody says how many steps: some half a minute of one core. Operations are counted, and
+# for each step what calling it costs, not seconds: a run saves at the same steps whatever else the machine does.
+CHECKPOINT_WORK, STEP_WORK = 1_000_000_000_000, 40_000_000
 
 
 def train_stack(
@@ -63,11 +50,14 @@ def train_stack(
     epochs: Sequence[int] | None = None,
     progress: Callable[[Progress], None] | None = None,
     stage: str = "fit",
+    team: Team | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> StackResult:
     """Train K networks of one shape at once; each ends with the weights of its best epoch.
 
     An epoch is floor(n / batch) steps over a fresh order of the fold's rows (n: the smallest fold's), so the few rows
-    left over differ from epoch to epoch. Adam with decoupled weight decay; weights only, biases are free.
+    left over differ from epoch to epoch. Adam with decoupled weight decay; weights only, biases are free. A network
+    whose loss is no finite number any more stops there, and ends with the best weights until then.
 
     Args:
         x: (N, D) float32, encoded; may be a numpy.memmap, of which one batch of rows is read at a time.
@@ -81,130 +71,140 @@ def train_stack(
         epochs: for each network the epoch it ends at, at most `plan.max_epochs`.
         progress: called after each look.
         stage: handed on to `progress`.
+        team: workers that train these networks together, each on a slice of every batch; all get the same result,
+            that of one worker up to the order in which the rows' gradients are summed.
+        checkpoints: where the state is saved, and where this training goes on from if something lies there. The result
+            is that of a training nobody stopped, bit for bit. The first worker of a team writes.
 
     Returns:
         The networks in the order of `specs`.
+
+    Raises:
+        CheckpointError: what lies there is of other networks, or damaged.
     """
-    count, first = len(specs), specs[0]
+    first = specs[0]
     table = Table(x, y, first.likelihood, folds)
     looks = Looks(table, folds, plan.curve_rows)
     batch = min(plan.batch, min(len(f.train) for f in folds))
     steps = min(len(f.train) for f in folds) // batch
-    limits = [plan.max_epochs] * count if epochs is None else [min(e, plan.max_epochs) for e in epochs]
-
-    streams = [folds[f].stream for f in fold_of]
-    initial = initial_weights(first.widths, streams, seed)
-    rates = site_rates(specs)
-    state = _State(
-        live=list(range(count)),
-        parameters=initial,
-        averages=[],
-        optimizer=_optimizer(initial, plan),
-        fold=torch.tensor(fold_of),
-        rates=rates,
-        noisy=[bool(r.any()) for r in rates],
-        decay=torch.tensor(weight_decays),
-        waited=np.zeros(count, np.int64),
-    )
-    if plan.average:
-        state.averages = [p.detach().clone() for p in state.parameters]
-    # Best weights lie in one buffer: a better network is one copy, which an interrupt cannot cut in two.
-    best = torch.cat([p.detach().reshape(count, -1) for p in state.parameters], dim=1)
-    lowest = np.full(count, np.inf)
-    curves: list[list[tuple[int, float, float]]] = [[] for _ in range(count)]
-    operations, interrupted, step = 0, False, 0
-
-    def look(epoch: int) -> None:
-        """Follow the curves, keep better weights, count patience."""
-        shown = state.averages or state.parameters
-        train, validation = (losses.double().numpy() for losses in looks.both(shown, state.fold))
-        better = []
-        for i, k in enumerate(state.live):
-            if state.waited[i] > plan.patience:  # stopped, and not yet compacted away
-                continue
-            validates = looks.lengths[fold_of[k]] > 0
-            loss = float(validation[i]) if validates else float("nan")
-            curves[k].append((epoch, float(train[i]), loss))
-            improves = not validates or loss < lowest[k]
-            if improves or plan.keep == "last":
-                better.append(i)
-            if improves:
-                state.waited[i] = 0
-                lowest[k] = loss
-            else:
-                state.waited[i] += 1
-            if epoch >= limits[k]:
-                state.waited[i] = plan.patience + 1
-        ids = torch.tensor([state.live[i] for i in better], dtype=torch.int64)
-        best.index_copy_(0, ids, torch.cat([p.detach().reshape(len(p), -1)[better] for p in shown], dim=1))
-
+    limits = [min(e, plan.max_epochs) for e in epochs or [plan.max_epochs] * len(specs)]
+    state = StackState.fresh(specs, weight_decays, folds, fold_of, plan, seed)
+    if checkpoints is not None:
+        checkpoints = checkpoints.including(
+            networks=_digest(specs, weight_decays, folds, fold_of, plan, seed, limits)
+        )
+        _resume(state, checkpoints, team)
     keys = [site_draw(site, seed=seed).tensors()[0][None] for site in first.sites]
+    order: tuple[int, Rows] | None = None
+    saved, whole, interrupted = (state.step, state.operations), True, False
+
+    def save(*, last: bool) -> None:
+        """Bring the state to disk, unless it lies there. A disk that is full costs no training before its end."""
+        nonlocal saved
+        if checkpoints is not None and whole and saved[0] != state.step and (team is None or not team.rank):
+            try:
+                checkpoints.save(state.step, networks=state)
+            except OutputError as error:
+                if last:
+                    raise
+                message = f"No checkpoint at step {state.step}; the training goes on: {error}"
+                warnings.warn(message, DropkitWarning, stacklevel=2)
+        saved = state.step, state.operations
+
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(threads if _operations(state, batch) > ONE_THREAD else 1)
-        look(0)
-        for epoch in range(1, plan.max_epochs + 1):
-            order = epoch_rows(folds, steps, batch, seed, epoch)
-            for i in range(steps):
-                _step(state, table, order[:, i], keys, plan, step)
-                operations += _operations(state, batch)
-                step += 1
-            if epoch % plan.evaluate_every == 0 or epoch == plan.max_epochs or epoch in limits:
-                look(epoch)
-                running = [i for i in range(len(state.live)) if state.waited[i] <= plan.patience]
-                if progress is not None:
-                    best_loss = float(np.nanmin(lowest)) if np.isfinite(lowest).any() else float("nan")
-                    progress(Progress(stage, epoch, plan.max_epochs, len(running), count, best_loss))
-                if not running:
-                    break
-                if len(running) <= 0.75 * len(state.live):
-                    state = _compact(state, running, plan)
-                    torch.set_num_threads(threads if _operations(state, batch) > ONE_THREAD else 1)
+        with Interrupts() as interrupts:
+            while not state.over:
+                if checkpoints is not None and checkpoints.ended:  # by the workers of another process
+                    raise KeyboardInterrupt
+                wanted = threads if state.step_operations(batch) > ONE_THREAD else 1
+                if torch.get_num_threads() != wanted:
+                    torch.set_num_threads(wanted)
+                epoch, i = divmod(state.step, steps)
+                whole, event = False, None
+                if i == 0 and state.closed < epoch:
+                    due = epoch % plan.evaluate_every == 0 or epoch == plan.max_epochs or epoch in limits
+                    if epoch == 0 or due:
+                        event = _close(state, epoch, looks, limits, team, stage)
+                    state.closed = epoch
+                else:
+                    if order is None or order[0] != epoch:
+                        order = epoch, epoch_rows(folds, steps, batch, seed, epoch + 1)
+                    train_step(state, table, order[1][:, i], keys, team)
+                whole = True
+                if event is not None and progress is not None and epoch:
+                    progress(event)
+                interrupts.answer()
+                done = state.operations - saved[1] + STEP_WORK * (state.step - saved[0])
+                if checkpoints is not None and (
+                    checkpoints.due(state.step) if checkpoints.every else done >= CHECKPOINT_WORK
+                ):
+                    save(last=False)
     except KeyboardInterrupt:
         interrupted = True
     finally:
         torch.set_num_threads(threads)
+    save(last=True)
 
-    trained = _finish(best, specs, fold_of, curves, looks, table, plan, seed)
-    return StackResult(trained, operations, interrupted)
-
-
-def _operations(state: _State, batch: int) -> int:
-    """Floating-point operations of the matrix products of a step: forward, and twice that backward."""
-    return 6 * batch * sum(weight.numel() for weight in state.parameters[::2])
+    trained = _finish(state, looks, table, seed)
+    return StackResult(trained, state.operations, interrupted)
 
 
-def _optimizer(parameters: list[Tensor], plan: Plan) -> torch.optim.Optimizer:
-    for p in parameters:
-        p.requires_grad_()
-    return torch.optim.Adam(parameters, lr=plan.learning_rate, fused=True)
+def _close(
+    state: StackState, epoch: int, looks: Looks, limits: Sequence[int], team: Team | None, stage: str
+) -> Progress:
+    """The end of an epoch: follow the curves, keep better weights, count patience, let go who has stopped."""
+    plan = state.plan
+    seen = looks.both(state.shown, state.fold)
+    if team is not None:  # the first worker's word, so that all stop alike whatever their processors round
+        for losses in seen if team.rank else ():
+            losses.zero_()
+        team.sum_(seen)
+    train, validation = (losses.double().numpy() for losses in seen)
+    better = []
+    for i, k in enumerate(state.live):
+        if state.waited[i] > plan.patience:  # stopped, and not yet compacted away
+            continue
+        validates = looks.lengths[int(state.fold[i])] > 0
+        loss = float(validation[i]) if validates else float("nan")
+        state.curves[k].append((epoch, float(train[i]), loss))
+        improves = not validates or loss < state.lowest[k]
+        if improves or plan.keep == "last":
+            better.append(i)
+        if improves:
+            state.waited[i] = 0
+            state.lowest[k] = loss
+        else:
+            state.waited[i] += 1
+        if epoch >= limits[k]:
+            state.waited[i] = plan.patience + 1
+    state.keep(better)
+    running = state.running
+    if epoch or not plan.max_epochs:
+        state.over = epoch == plan.max_epochs or not running
+    if epoch and not state.over and len(running) <= 0.75 * len(state.live):
+        state.compact(running)
+    return _progress(state, epoch, len(running), stage)
 
 
-def _compact(state: _State, running: list[int], plan: Plan) -> _State:
-    """The same program without the networks that have stopped; the optimizer's moments move along."""
-    rates = [r[running] for r in state.rates]
-    parameters = [p.detach()[running].contiguous() for p in state.parameters]
-    optimizer = _optimizer(parameters, plan)
-    for new, old in zip(parameters, state.parameters, strict=True):
-        optimizer.state[new] = {
-            key: value[running].contiguous() if value.ndim else value
-            for key, value in state.optimizer.state[old].items()
-        }
-    return _State(
-        [state.live[i] for i in running],
-        parameters,
-        [a[running].contiguous() for a in state.averages],
-        optimizer,
-        state.fold[running],
-        rates,
-        [bool(r.any()) for r in rates],
-        state.decay[running],
-        state.waited[running],
-    )
+def _progress(state: StackState, epoch: int, live: int, stage: str) -> Progress:
+    """What a caller is told after a look."""
+    ahead = int(np.argmin(state.lowest))  # the first one where nothing validates
+    best = float(state.lowest[ahead]) if np.isfinite(state.lowest[ahead]) else float("nan")
+    spec, (_, train, validation) = state.specs[ahead], state.curves[ahead][-1]
+    return Progress(
+        stage, epoch, state.plan.max_epochs, live, len(state.specs), best, state.step, spec.hidden, spec.rate,
+        spec.input_rate, train, validation,
+    )  # fmt: skip
 
 
-def _step(state: _State, table: Table, rows: Rows, keys: Sequence[Tensor], plan: Plan, step: int) -> None:
+def train_step(
+    state: StackState, table: Table, rows: Rows, keys: Sequence[Tensor], team: Team | None
+) -> None:
     """One optimizer step of all live networks on row numbers (F, B)."""
+    plan, step, batch = state.plan, state.step, rows.shape[1]
+    if team is not None:
+        rows = rows[:, team.rank * batch // team.size : (team.rank + 1) * batch // team.size]
     x, y = table.take(rows)
     ids = torch.from_numpy(rows)
     if len(ids) > 1:
@@ -218,33 +218,61 @@ def _step(state: _State, table: Table, rows: Rows, keys: Sequence[Tensor], plan:
     ]
     outputs = forward(state.parameters, x, table.likelihood, noise)
     # Networks share nothing, so the gradient of the sum is each one's own.
-    loss = LOSSES[table.likelihood](outputs, y).mean(dim=1).sum()
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    losses = LOSSES[table.likelihood](outputs, y).sum(dim=1) / batch
+    total = losses.sum()
+    for parameter in state.parameters:
+        parameter.grad = None
+    total.backward()
+    if team is not None:
+        losses = losses.detach().clone()
+        team.sum_([*(p.grad for p in state.parameters if p.grad is not None), losses])
+        total = losses.sum()
     with torch.no_grad():
-        for weight in state.parameters[::2]:
-            weight.mul_(1 - plan.learning_rate * state.decay[:, None, None])
+        weights = state.parameters[::2]
+        torch._foreach_mul_(weights, [1 - plan.learning_rate * state.decay[:, None, None]] * len(weights))
         state.optimizer.step()
         if state.averages:
             torch._foreach_lerp_(state.averages, state.parameters, max(1 / (step + 1), 1 / plan.average))
+    state.step += 1
+    state.operations += state.step_operations(batch)
+    if not math.isfinite(total.item()):
+        state.stop_diverged(losses.detach().isfinite())
 
 
-def _finish(
-    best: Tensor,
-    specs: Sequence[NetworkSpec],
-    fold_of: Sequence[int],
-    curves: Sequence[list[tuple[int, float, float]]],
-    looks: Looks,
-    table: Table,
-    plan: Plan,
-    seed: int,
-) -> tuple[Trained, ...]:
+def _resume(state: StackState, checkpoints: Checkpoints, team: Team | None) -> None:
+    """Go on from the last good checkpoint; the workers of a team from the same one."""
+    step = checkpoints.restore(networks=state)
+    if team is None:
+        return
+    steps = torch.zeros(team.size, dtype=torch.float64)
+    steps[team.rank] = step
+    team.sum_([steps])
+    if (steps != step).any():
+        raise CheckpointError(
+            f"the workers found checkpoints of steps {', '.join(f'{s:.0f}' for s in steps)} in {checkpoints.folder}. "
+            "Give a folder that all of them see."
+        )
+
+
+def _digest(
+    specs: Sequence[NetworkSpec], decays: Sequence[float], folds: Sequence[Fold], *rest: object
+) -> str:
+    """What tells these networks, and the rows they learn from, from any others."""
+    digest = hashlib.sha256(repr((list(specs), list(decays), *rest)).encode())
+    for fold in folds:
+        for rows in (fold.train, fold.validation):
+            digest.update(len(rows).to_bytes(8, "little") + np.ascontiguousarray(rows, "<i8").tobytes())
+        digest.update(str(fold.stream).encode())
+    return digest.hexdigest()
+
+
+def _finish(state: StackState, looks: Looks, table: Table, seed: int) -> tuple[Trained, ...]:
     """Cut the buffer of best weights into networks and ask each one's committee about the validation rows."""
+    specs, plan, fold = state.specs, state.plan, state.fold_of
     widths, count = specs[0].widths, len(specs)
     shapes = [s for before, after in pairwise(widths) for s in ((before, after), (1, after))]
-    pieces = best.split([a * b for a, b in shapes], dim=1)
+    pieces = state.best.split([a * b for a, b in shapes], dim=1)
     parameters = [piece.reshape(count, *shape) for piece, shape in zip(pieces, shapes, strict=True)]
-    fold = torch.tensor(fold_of)
     row_loss = torch.zeros(count, 0)
     if looks.validation and plan.members:
         sites = specs[0].sites
@@ -264,9 +292,17 @@ def _finish(
             for i in range(0, len(parameters), 2)
         )
         epochs, train, validation = (
-            (tuple(c) for c in zip(*curves[k], strict=True)) if curves[k] else ((0,), (np.nan,), (np.nan,))
+            (tuple(c) for c in zip(*state.curves[k], strict=True))
+            if state.curves[k]
+            else ((0,), (np.nan,), (np.nan,))
         )
-        own = row_loss[k, : looks.lengths[fold_of[k]]].clone()
-        location, scale = float(table.location[fold_of[k]]), float(table.scale[fold_of[k]])
-        trained.append(Trained(spec, weights, location, scale, Curve(epochs, train, validation), own))
+        f, step = int(fold[k]), int(state.diverged[k])
+        own = row_loss[k, : looks.lengths[f]].clone()
+        curve = Curve(epochs, train, validation)
+        trained.append(
+            Trained(
+                spec, weights, float(table.location[f]), float(table.scale[f]), curve, own,
+                diverged=None if step == RUNNING else step,
+            )
+        )  # fmt: skip
     return tuple(trained)
