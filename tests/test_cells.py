@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy import sparse, stats
 
 import dropkit as dk
-from dropkit.claims import Setting, cells, judge
+from dropkit.claims import Setting, judge
+from dropkit.claims.experiments import cells
 from dropkit.errors import OptionError, ShapeError
 from dropkit.fields.cells import (
     CountAutoencoder,

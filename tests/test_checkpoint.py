@@ -420,6 +420,32 @@ def test_what_a_killed_writer_left_is_tidied_and_never_read(tmp_path):
     assert not half.exists()
 
 
+@pytest.mark.parametrize("at", range(6))
+def test_killed_while_tidying_up_leaves_whole_checkpoints_alone(at, tmp_path, monkeypatch):
+    """A checkpoint loses its name before its files."""
+    run, calls = tmp_path / "run", itertools.count()
+    checkpoints = filled(run)
+
+    def deadly(real):
+        def call(*args, **options):
+            if next(calls) == at:
+                raise KeyboardInterrupt
+            return real(*args, **options)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for name in ("rename", "unlink", "rmdir"):
+            patched.setattr(Path, name, deadly(getattr(Path, name)))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.clear()
+    after = Checkpoints(run)
+    if after.there():
+        assert after.restore(data=Parts(None)) in (2, 3)  # and no warning
+    after.clear()
+    assert not run.exists()
+
+
 def test_due_counts_steps():
     assert [s for s in range(1, 10) if Checkpoints("run", every=4).due(s)] == [4, 8]
     assert not Checkpoints("run").due(1)

@@ -12,16 +12,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dropkit.claims import CLAIMS, Setting, judge, likelihoods
-from dropkit.claims import bayes as bayes_claim
-from dropkit.claims import flatness as flatness_claim
-from dropkit.claims import mcdropout as mcdropout_claim
+from dropkit.claims import CLAIMS, Setting, judge
 from dropkit.claims.data import Table
-from dropkit.claims.flatness import MEASURES, contrast, ends_at_equal_loss
-from dropkit.claims.likelihoods import RATES, Scores, member_losses, plain_loss, score
-from dropkit.claims.networks import Networks, drawn_folds, train
-from dropkit.claims.spread import FEATURES, NOISE, between_clusters, linear_spread, members_variance
-from dropkit.claims.unseen import Kinds, Quality, ensembles_of, kinds, quality
+from dropkit.claims.experiments import bayes as bayes_claim
+from dropkit.claims.experiments import flatness as flatness_claim
+from dropkit.claims.experiments import likelihoods
+from dropkit.claims.experiments import mcdropout as mcdropout_claim
+from dropkit.claims.experiments.flatness import MEASURES, contrast, ends_at_equal_loss
+from dropkit.claims.experiments.likelihoods import RATES, Scores, member_losses, plain_loss, score
+from dropkit.claims.experiments.networks import Networks, drawn_folds, train
+from dropkit.claims.experiments.spread import (
+    FEATURES,
+    NOISE,
+    between_clusters,
+    linear_spread,
+    members_variance,
+)
+from dropkit.claims.experiments.unseen import Kinds, Quality, ensembles_of, kinds, quality
 from dropkit.masks import masks
 from dropkit.measure import Flatness
 from dropkit.training import (
@@ -362,6 +369,8 @@ def test_temperature_is_fitted_on_held_rows_and_measured_on_test_rows() -> None:
     found = quality([certain, certain, certain], _rows(truth))  # 0.98 sure, half right
     assert found.before == pytest.approx(0.48, abs=1e-6)
     assert found.after < 0.02
+    right = replace(_rows(truth), y_held=np.array(classes))  # on held rows always right: nothing to take back
+    assert quality([certain, certain, certain], right).after > 0.4
 
 
 class _Answers:

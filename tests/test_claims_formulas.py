@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import dropkit as dk
-from dropkit.claims import (
-    CLAIMS,
+from dropkit.claims import CLAIMS
+from dropkit.claims.claim import Claim, Findings, Measured, Setting, Verdict, judge
+from dropkit.claims.experiments import (
     bias,
     classic,
     grouping,
@@ -33,10 +34,9 @@ from dropkit.claims import (
     second_order,
     variance_law,
 )
-from dropkit.claims.claim import Claim, Findings, Measured, Setting, Verdict, judge
-from dropkit.claims.draws import difference, mean_figure, variance_figure
-from dropkit.claims.networks import over_seeds
-from dropkit.claims.second_order import over_prediction, set_rate
+from dropkit.claims.experiments.draws import difference, mean_figure, variance_figure
+from dropkit.claims.experiments.networks import over_seeds
+from dropkit.claims.experiments.second_order import over_prediction, set_rate
 from dropkit.errors import OptionError
 from dropkit.measure.gradient_bias import GradientBias
 

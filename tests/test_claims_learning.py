@@ -14,9 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dropkit.claims import CLAIMS, capacity, coadaptation, convergence, ensemble, stability, tradeoff
+from dropkit.claims import CLAIMS
 from dropkit.claims.claim import Setting, judge
-from dropkit.claims.networks import error_percent, train
+from dropkit.claims.experiments import capacity, coadaptation, convergence, ensemble, stability, tradeoff
+from dropkit.claims.experiments.networks import error_percent, train
 
 TINY = Setting(seeds=5)
 EXPERIMENTS = {

@@ -11,7 +11,7 @@ from scipy import stats
 from torch.nn import functional as F
 
 from dropkit import masks
-from dropkit.claims.networks import (
+from dropkit.claims.experiments.networks import (
     class_loss,
     cross_entropy,
     drawn_folds,

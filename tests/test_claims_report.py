@@ -89,6 +89,7 @@ def verdicts(**numbers: int) -> Results:
         ({}, "No claim has been tried yet."),
         ({"held": 1}, "The claim holds here."),
         ({"fell": 1}, "The claim does not hold here."),
+        ({"held": 1, "within": 1}, "Both claims hold here."),
         ({"held": 2, "within": 1}, "All 3 claims hold here."),
         ({"fell": 3}, "None of 3 claims holds here."),
         ({"held": 1, "fell": 1}, "1 of 2 claims holds here; 1 does not."),
@@ -163,18 +164,21 @@ def test_values_that_cannot_be_shown_leave_gaps(style, y_log, y):
     assert ">rate p</text>" in svg
 
 
-def test_predictions_have_the_colours_of_what_they_predict():
-    svg = draw(examples.SCALES, "c")
-    assert svg.count("stroke: var(--first)") > 3
-    alone = dataclasses.replace(examples.SCALES, series=examples.SCALES.series[:3], level=None, level_name="")
-    dashed = [line for line in draw(alone, "c").split("<path") if "stroke-dasharray" in line]
-    assert {re.search(r"stroke: var\(--(\w+)\)", line)[1] for line in dashed} == {"muted"}
+@pytest.mark.parametrize(("series", "colours"), [(4, {"first", "second"}), (3, {"muted"})])
+def test_predictions_have_the_colours_of_what_they_predict_where_each_has_one(series, colours):
+    chart = dataclasses.replace(
+        examples.SCALES, series=examples.SCALES.series[:series], level=None, level_name=""
+    )
+    dashed = [line for line in draw(chart, "c").split("<path") if "stroke-dasharray" in line]
+    assert {re.search(r"stroke: var\(--(\w+)\)", line)[1] for line in dashed} == colours
 
 
 def test_few_places_are_ticks_themselves():
     ticks = re.findall(r"<text[^>]*>([0-9.\u202f]+)</text>", draw(examples.SCALES, "c"))
     assert {"100", "300", "1\u202f000", "3\u202f000", "10\u202f000"} <= set(ticks)
     assert {f"0.{k}" for k in range(9)} <= set(re.findall(r"<text[^>]*>([0-9.]+)</text>", drawn()))
+    odd = drawn(series=(Series("s", (0.0123456, 0.5, 0.9), (1.0, 2.0, 3.0)),), x_log=True)
+    assert {"0.01", "0.1"} < set(re.findall(r"<text[^>]*>([0-9.]+)</text>", odd))
 
 
 @given(st.floats(1e-12, 1e12))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import dropkit as dk
-from dropkit.claims import Setting, design, judge
+from dropkit.claims import Setting, judge
+from dropkit.claims.experiments import design
 from dropkit.errors import OptionError, ShapeError
 from dropkit.fields.design import dropout_model, greedy, one_hot, run_campaign, thompson, upper_bound
 

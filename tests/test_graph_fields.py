@@ -8,7 +8,8 @@ from torch import nn
 from torch_geometric.nn import GATConv, GCNConv, SAGEConv, models
 
 import dropkit as dk
-from dropkit.claims import Setting, graphs, judge
+from dropkit.claims import Setting, judge
+from dropkit.claims.experiments import graphs
 from dropkit.errors import OptionError, ProbabilityError
 from dropkit.fields.graphs import GraphDropout, drop_messages, false_edges
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -105,7 +107,8 @@ def test_a_resumed_log_is_that_of_a_run_that_nobody_stopped(losses, data, clock,
     if killed < len(events):
         with parts.open("ab") as file:
             file.write((json.dumps(events[killed]) + "\n").encode()[:half].rstrip(b"\n"))
-    with JsonLines(parts, resume=True, seconds=clock) as log:
+    another_day = mock.patch("dropkit.training.logs.time.monotonic", itertools.count(1000).__next__)
+    with another_day, JsonLines(parts, resume=True, seconds=clock) as log:
         for event in events[saved:]:
             log(event)
     if clock:

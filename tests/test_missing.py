@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import dropkit as dk
-from dropkit.claims import Setting, judge, missing_mar, missing_mcar
+from dropkit.claims import Setting, judge
+from dropkit.claims.experiments import missing_mar, missing_mcar
 from dropkit.errors import OptionError, ProbabilityError, ShapeError
 from dropkit.fields.missing import MissingInputs, check_missing, mar, mcar, self_masking
 from dropkit.fields.missing.check import maximum_likelihood

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from dropkit.claims import Setting, judge, privacy
+from dropkit.claims import Setting, judge
+from dropkit.claims.experiments import privacy
 from dropkit.errors import OptionError, ProbabilityError, ShapeError
 from dropkit.fields.privacy import (
     audit,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import resource
 import shutil
 import signal
@@ -125,6 +126,12 @@ def stop_at(monkeypatch):
 def quick_disk(monkeypatch):
     """Waiting for the disk is most of the time of many small checkpoints, and not what is looked at."""
     monkeypatch.setattr(directory.os, "fsync", lambda handle: None)
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """Drawing the page is most of the time of a short fit; the page is a function of the record, which is compared."""
+    monkeypatch.setattr(jobs, "to_html", lambda report: report.to_json())
 
 
 def kill():
@@ -374,7 +381,7 @@ def table():
     return measurements(60)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def whole(table, tmp_path_factory):
     """The model that a run makes which nobody stops."""
     out = tmp_path_factory.mktemp("whole") / "m"
@@ -395,7 +402,9 @@ def test_an_interrupted_fit_leaves_a_model_and_goes_on_to_the_same_bytes(table, 
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
-def test_the_command_hands_on_what_was_asked_and_records_one_command_for_run_and_resumption(monkeypatch, capsys):
+def test_the_command_hands_on_what_was_asked_and_records_one_command_for_run_and_resumption(
+    monkeypatch, capsys
+):
     words = ["dropkit", "fit", "t.csv", "--target", "a b", "--checkpoint-every", "7"]
     seen = []
 
@@ -499,13 +508,15 @@ from dropkit.training import stack
 importlib.import_module("dropkit.training.fit").SEARCH_ROWS = 20
 options = jobs.FitOptions(max_epochs=12, members=4, seed=1)
 table = measurements(44)
+jobs.to_html = lambda report: report.to_json()  # drawing is most of the time of so short a fit
 countdown = -1
 
 def deadly(real):
     def call(*args, **named):
         global countdown
-        countdown -= 1
-        if countdown == 0:
+        elsewhere = isinstance(args[0], Path) and here not in args[0].parents  # such as what Python itself imports
+        countdown -= not elsewhere
+        if countdown == 0 and not elsewhere:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **named)
     return call
@@ -534,11 +545,12 @@ def contents(folder):
 here = Path(sys.argv[2])
 assert child(here / "whole", -1, False) == 0
 expected = contents(here / "whole")
-chance, kills, ends, out = random.Random(2), 0, 0, here / "m"
+chance, kills, ends, stages, out = random.Random(2), 0, 0, set(), here / "m"
 while kills < 30 or not ends:
     ended = child(out, chance.randrange(1, 150) if kills < 30 else -1, True)
     if ended == signal.SIGKILL:
         kills += 1
+        stages.update(p.name for p in here.glob("m.partial/*"))
     elif ended == 0:
         ends += 1
         assert contents(out) == expected, "another model"
@@ -548,13 +560,15 @@ while kills < 30 or not ends:
     if out.exists() and not (here / "m.partial").exists():  # killed after its very last file
         assert contents(out) == expected, "another model"
         shutil.rmtree(out)
-print(json.dumps({"kills": kills, "ends": ends}))
+print(json.dumps({"kills": kills, "stages": sorted(stages)}))
 """
 
 
 def test_a_process_killed_30_times_ends_with_the_same_bytes(tmp_path):
     """Killed by the kernel in the middle of a step, of a write, or of tidying up, and started again each time."""
     words = [sys.executable, "-c", KILLING, str(Path(__file__).parent), str(tmp_path)]
-    ran = subprocess.run(words, capture_output=True, text=True, check=False)
+    one = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}  # processes are forked
+    ran = subprocess.run(words, capture_output=True, text=True, check=False, env=one)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    assert json.loads(ran.stdout.splitlines()[-1])["kills"] == 30
+    # Not all of the kills fell into the beginning.
+    assert json.loads(ran.stdout.splitlines()[-1]) == {"kills": 30, "stages": ["fit", "search-0", "search-1"]}

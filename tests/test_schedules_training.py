@@ -99,7 +99,10 @@ def test_rates_are_set_by_name_and_the_first_pattern_decides():
         with dk.masks(seed=0, step=step):
             share = (model["body"][1][1](x) != 0).double().mean()
         assert abs(share - kept) < 0.1  # 2400 elements: false alarms below 1e-20 (Hoeffding)
-    assert "body.0.2.p" not in model.state_dict()
+    keys = list(model.state_dict())
+    assert dk.nn.set_rates(model, {"body.2.1": torch.full((6,), 0.25)}) == ("body.2.1",)
+    assert torch.equal(dk.nn.rates_of(model)["body.2.1"], torch.full((6,), 0.25))
+    assert list(model.state_dict()) == keys  # a rate is no weight
 
 
 def test_rates_that_have_no_place_are_refused_and_nothing_is_changed():

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from dropkit.claims import (
+from dropkit.claims.claim import Claim
+from dropkit.claims.experiments import (
     bayes,
     bias,
     capacity,
+    cells,
     classic,
     coadaptation,
     convergence,
+    design,
     ensemble,
     flatness,
+    graphs,
     grouping,
     inverted,
     mcdropout,
+    missing_mar,
+    missing_mcar,
     noise,
     penalty,
+    privacy,
     stability,
     tradeoff,
     variance_law,
 )
-from dropkit.claims.claim import Claim
 
 CLAIMS: tuple[Claim, ...] = (
     inverted.CLAIM,
@@ -39,4 +45,10 @@ CLAIMS: tuple[Claim, ...] = (
     mcdropout.CLAIM,
     variance_law.CLAIM,
     bayes.CLAIM,
+    graphs.CLAIM,
+    missing_mcar.CLAIM,
+    missing_mar.CLAIM,
+    cells.CLAIM,
+    privacy.CLAIM,
+    design.CLAIM,
 )

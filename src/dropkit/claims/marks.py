@@ -85,14 +85,15 @@ def log_axis(axes: Axes, axis: Axis, values: Sequence[float], *, named: bool) ->
         axes: of the drawing.
         axis: one of its two.
         values: what is drawn along it.
-        named: whether few different values are ticks themselves.
+        named: whether few different values that are short to write are ticks themselves.
     """
     positive = sorted({value for value in values if math.isfinite(value) and value > 0})
     if not positive:
         return
     (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
     apart = all(after / before > 1.35 for before, after in pairwise(positive))
-    if named and len(positive) <= MOST_TICKS and apart:
+    short = all(math.isclose(float(f"{value:.2g}"), value, rel_tol=1e-9) for value in positive)
+    if named and len(positive) <= MOST_TICKS and apart and short:
         axis.set_major_locator(FixedLocator(positive))
     else:
         narrow = positive[-1] / positive[0] < 100

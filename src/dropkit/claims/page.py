@@ -125,7 +125,9 @@ def headline(results: Results) -> str:
     fell = [one.title for one in results.outcomes if one.verdict == "does not hold here"]
     held = tried - len(fell)
     if not fell:
-        return f"All {tried} claims hold here." if tried > 1 else "The claim holds here."
+        return {1: "The claim holds here.", 2: "Both claims hold here."}.get(
+            tried, f"All {tried} claims hold here."
+        )
     if not held:
         return "The claim does not hold here." if tried == 1 else f"None of {tried} claims holds here."
     verbs = "holds" if held == 1 else "hold", "does" if len(fell) == 1 else "do"

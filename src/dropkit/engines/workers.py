@@ -193,10 +193,10 @@ def work(folder: Path, team: ProcessTeam) -> None:
     x: NDArray[np.float32] = (
         np.memmap(place["file"], np.float32, "c", place["offset"], tuple(place["shape"]))
         if "shape" in place
-        else np.load(folder / place["file"], mmap_mode="c")
+        else np.load(folder / place["file"], mmap_mode="c", allow_pickle=False)
     )
-    y = np.load(folder / "y.npy")
-    arrays = {name: np.load(folder / f"{name}.npy") for name in job["arrays"]}
+    y = np.load(folder / "y.npy", allow_pickle=False)
+    arrays = {name: np.load(folder / f"{name}.npy", allow_pickle=False) for name in job["arrays"]}
     options = job["options"]
     if options.get("hidden") is not None:
         options["hidden"] = tuple(options["hidden"])

@@ -47,7 +47,7 @@ class Penalty(Measurement):
         plain: the loss without masks.
         output_part: (), the part of `predicted` that comes from the bend of the loss alone (J' H J): what would be left
             if the layers behind the masks were linear. None where there is no derivative.
-        sites: site by site.
+        sites: site by site; empty where nothing can be said of a site alone (a mask decided by comparison).
         exact: whether `predicted` is the whole truth and not its second order.
     """
 
@@ -183,7 +183,7 @@ def _sites(
     subject: Subject, members: int, seed: int, curvatures: tuple[Curvature, ...] | None
 ) -> tuple[SitePenalty, ...]:
     noise = subject.noise
-    if noise is None:
+    if noise is None or noise.rough:  # where noise is compared with a number, its mean is no evaluation
         return ()
     like, base = subject.x if subject.x.is_floating_point() else torch.zeros(()), _base(subject)
     found = []

@@ -145,7 +145,7 @@ def _task(column: Column, values: np.ndarray, asked: str) -> tuple[Task, str]:
         return "classification", f"Classification: {name!r} holds {column.distinct} different labels."
     known = values[~np.isnan(values)]
     distinct, times = np.unique(known, return_counts=True)
-    shown = _shown([label_of(value) for value in distinct])
+    shown = _shown([label_of(value) for value in distinct[:_CODES]])  # told only where there are no more
     if len(distinct) == 2:
         return (
             "classification",

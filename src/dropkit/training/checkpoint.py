@@ -66,7 +66,9 @@ class Checkpoints:
     def __init__(
         self, folder: str | Path, *, of: Mapping[str, Any] | None = None, every: int | None = None
     ) -> None:
-        release = importlib.import_module("dropkit").__version__  # named so, this floor imports nothing from above
+        release = importlib.import_module(
+            "dropkit"
+        ).__version__  # named so, this floor imports nothing from above
         if every is not None and every < 1:
             raise CheckpointError(f"every={every!r} was given; at least 1 step lies between two checkpoints.")
         self.folder, self.every = Path(folder), every
@@ -120,7 +122,8 @@ class Checkpoints:
             )
         state = {name: _state(part, name) for name, part in parts.items()}
         files = to_files({"of": _texts(self.of), "step": step, "parts": state})
-        path = self.folder / f"{max(map(int, numbers), default=0) + 1:08d}"
+        taken = [int(name) for name in _names(self.folder) if _NUMBER.fullmatch(name)]
+        path = self.folder / f"{max(taken, default=0) + 1:08d}"
         made = [place for place in (self.folder, *self.folder.parents) if not place.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +140,7 @@ class Checkpoints:
         self._read = {*(self._read or ()), path.name}
         # Damaged ones do not count among those that stay.
         stay = sorted(self._read & {*numbers, path.name})[-KEPT:]
-        for old in (*(n for n in numbers if n not in stay), *self._halves()):
+        for old in (*self._halves(), *(n for n in numbers if n not in stay)):
             _remove(self.folder / old)
         return path
 
@@ -188,7 +191,7 @@ class Checkpoints:
         """Remove the checkpoints of this run and of its stages, and the folder where nothing else lies in it."""
         for stage in self._stages():
             self._with(stage, {}).clear()
-        for name in (*self._numbers(), *self._halves()):
+        for name in (*self._halves(), *self._numbers()):
             _remove(self.folder / name)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
@@ -250,8 +253,13 @@ def _names(folder: Path) -> list[str]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint, the manifest first: never anything that dropkit did not write."""
+    """Remove a checkpoint, first of all its name, so that nobody ever meets half of one.
+
+    What dropkit did not write stays where it is.
+    """
     with contextlib.suppress(OSError):
+        if not _HALF.fullmatch(path.name) and {entry.name for entry in path.iterdir()} <= set(FILES):
+            path = path.rename(path.with_name(f".{path.name}.old.tmp"))
         for name in FILES:
             (path / name).unlink(missing_ok=True)
         path.rmdir()

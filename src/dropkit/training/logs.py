@@ -54,13 +54,13 @@ class JsonLines:
         OptionError: with `resume`, the file is no log of JSON lines.
 
     Example:
-        >>> import os, tempfile
+        >>> import pathlib, tempfile
         >>> from dropkit.training import JsonLines
-        >>> path = os.path.join(tempfile.mkdtemp(), "run.jsonl")
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "run.jsonl")
         >>> with JsonLines(path) as log:
         ...     for step in range(2):
         ...         log({"step": step, "train": 0.5 ** step})
-        >>> print(open(path).read().rstrip())
+        >>> print(path.read_text().rstrip())
         {"step": 0, "train": 1.0}
         {"step": 1, "train": 0.5}
     """

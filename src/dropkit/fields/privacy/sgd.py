@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from dataclasses import dataclass
@@ -112,9 +113,12 @@ def proven_epsilon(
         OptionError: an unknown accountant.
     """
     share, steps = batch / rows, epochs * math.ceil(rows / batch)
+    log = logging.getLogger("absl")  # dp-accounting's, which tells of every order at the edge of its range
+    level = log.level
     try:
+        log.setLevel(logging.ERROR)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of orders at the edge of their range
+            warnings.simplefilter("ignore")  # as Opacus does of the same
             if accountant == "opacus":
                 from opacus.accountants import RDPAccountant
 
@@ -130,4 +134,6 @@ def proven_epsilon(
                 return float(dp_accounting.rdp.RdpAccountant().compose(event).get_epsilon(delta))
     except ImportError:
         raise MissingPackageError(f"The accountant {accountant} is not installed: {HINT}") from None
+    finally:
+        log.setLevel(level)
     raise OptionError(f"accountant={accountant!r} was given; it is 'opacus' or 'dp-accounting'.")

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dropkit.claims.claim import Chart, Claim, Findings, Measured, Rule, Series, Setting
-from dropkit.claims.draws import measured_series
-from dropkit.claims.linear import (
+from dropkit.claims.experiments.draws import measured_series
+from dropkit.claims.experiments.linear import (
     descend,
     dropout_weights,
     linear_network,
@@ -19,7 +19,7 @@ from dropkit.claims.linear import (
     standardised_table,
     wide,
 )
-from dropkit.claims.networks import over_seeds
+from dropkit.claims.experiments.networks import over_seeds
 from dropkit.measure import grouping
 from dropkit.measure.grouping import Grouping
 

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dropkit.claims import data, networks
+from dropkit.claims import data
 from dropkit.claims.claim import Chart, Claim, Findings, Rule, Setting
-from dropkit.claims.networks import line, over_seeds
+from dropkit.claims.experiments import networks
+from dropkit.claims.experiments.networks import line, over_seeds
 from dropkit.fields.design import Campaign, greedy, one_hot, run_campaign, thompson, upper_bound
 from dropkit.training import Fold
 
@@ -139,7 +140,9 @@ def _process(x: NDArray[np.float32], values: NDArray[np.float64]) -> Pick:
         model = SingleTaskGP(points[rows], target)
         fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
         with torch.no_grad():
-            parts = [model.posterior(part) for part in points.split(2048)]  # joint: memory goes with its square
+            parts = [
+                model.posterior(part) for part in points.split(2048)
+            ]  # joint: memory goes with its square
             score = torch.cat([(one.mean + one.variance.sqrt())[:, 0] for one in parts]).numpy()
         score[rows] = -np.inf
         return greedy(score[None], count)
@@ -187,5 +190,6 @@ CLAIM = Claim(
         Rule("regret", "simple regret of Thompson's rule", "shown"),
     ),
     experiment=experiment,
+    seconds=120,
     extras=("design",),
 )  # fmt: skip

@@ -9,8 +9,8 @@ from torch import nn
 import dropkit.nn as dnn
 from dropkit.claims.claim import Measured, Setting
 from dropkit.claims.data import images
-from dropkit.claims.linear import linear_network, standardised_table, wide
-from dropkit.claims.networks import Networks, train
+from dropkit.claims.experiments.linear import linear_network, standardised_table, wide
+from dropkit.claims.experiments.networks import Networks, train
 from dropkit.masks import masks
 from dropkit.measure import penalty
 from dropkit.measure.penalty import Penalty

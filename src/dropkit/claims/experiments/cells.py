@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dropkit.claims import data
 from dropkit.claims.claim import Chart, Claim, Findings, Measured, Rule, Series, Setting
-from dropkit.claims.networks import over_seeds
+from dropkit.claims.experiments.networks import over_seeds
 from dropkit.fields.cells import (
     CountAutoencoder,
     Likelihood,
@@ -182,4 +182,5 @@ CLAIM = Claim(
         Rule("excess", "zeros beyond the negative binomial, mean over genes", "shown"),
     ),
     experiment=experiment,
+    seconds=45,
 )  # fmt: skip

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dropkit.claims import data
 from dropkit.claims.claim import Chart, Claim, Findings, Rule, Series, Setting, critical
-from dropkit.claims.missing_tables import Way, standardised, test_errors
-from dropkit.claims.networks import over_seeds
+from dropkit.claims.experiments.missing_tables import Way, standardised, test_errors
+from dropkit.claims.experiments.networks import over_seeds
 from dropkit.fields.missing import Mechanism, check_missing, mar, mcar, self_masking
 
 RATE = 0.4
@@ -119,4 +119,5 @@ CLAIM = Claim(
         Rule("imputation", "the same under MAR, its own mechanism, imputed rows and indicators", "shown"),
     ),
     experiment=experiment,
+    seconds=20,
 )  # fmt: skip

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from dropkit.claims.claim import Chart, Claim, Findings, Measured, Rule, Series, Setting
 from dropkit.claims.data import Images, images
-from dropkit.claims.networks import Networks, cross_entropy, error_percent, line, over_seeds, train
+from dropkit.claims.experiments.networks import (
+    Networks,
+    cross_entropy,
+    error_percent,
+    line,
+    over_seeds,
+    train,
+)
 
 DECIDING = 1000  # rows of the subset that decides, fixed before the run: the middle of the ladder
 INPUT_RATE = 0.2

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dropkit.claims.claim import Chart, Claim, Findings, Measured, Rule, Series, Setting
 from dropkit.claims.data import Images, images
-from dropkit.claims.networks import class_loss, error_percent, line, over_seeds, train
+from dropkit.claims.experiments.networks import class_loss, error_percent, line, over_seeds, train
 
 RATE = 0.5
 CLOSE = 0.05  # share by which weight scaling may miss the average of many members

@@ -7,9 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from dropkit.claims import data, networks
+from dropkit.claims import data
 from dropkit.claims.claim import Chart, Claim, Findings, Measured, Rule, Series, Setting, critical
-from dropkit.claims.networks import error_percent, over_seeds
+from dropkit.claims.experiments import networks
+from dropkit.claims.experiments.networks import error_percent, over_seeds
 from dropkit.fields.privacy import (
     Audit,
     audit,
@@ -154,5 +155,6 @@ CLAIM = Claim(
         Rule("error", "test error of DP-SGD minus of dropout 0.5, percentage points", "shown"),
     ),
     experiment=experiment,
+    seconds=80,
     extras=("privacy",),
 )  # fmt: skip

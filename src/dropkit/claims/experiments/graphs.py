@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dropkit.claims import data
 from dropkit.claims.claim import Chart, Claim, Findings, Measured, Rule, Series, Setting
-from dropkit.claims.networks import line, over_seeds
+from dropkit.claims.experiments.networks import line, over_seeds
 from dropkit.fields.graphs import GraphDropout, false_edges
 from dropkit.functional import drop_edge
 from dropkit.masks import masks
@@ -38,7 +38,7 @@ class Graph:
     name: str
 
 
-def experiment(setting: Setting, *, epochs: int = 100, depths: tuple[int, ...] = (2, 4, 8)) -> Findings:
+def experiment(setting: Setting, *, epochs: int = 150, depths: tuple[int, ...] = (2, 8)) -> Findings:
     """Test accuracy of graph convolutional networks by depth, with and without DropEdge."""
     if setting.full:
         epochs, depths = 400, (2, 4, 8, 16)
@@ -84,10 +84,12 @@ def experiment(setting: Setting, *, epochs: int = 100, depths: tuple[int, ...] =
             ),
         ),
         data=graph.name,
-        setup=f"PyTorch Geometric's GCN, {WIDTH} units, dropout {FEATURES} before every layer, Adam 0.01, weight decay "
-        f"5e-4, {epochs} epochs, the epoch of best validation accuracy, edges dropped at {EDGES}; one setting for all "
-        "depths (published: 128 units, 400 epochs, each cell tuned).",
+        setup=f"PyTorch Geometric's GCN, {WIDTH} units, dropout {FEATURES} before every layer, Adam 0.007, weight "
+        f"decay 1e-5, {epochs} epochs, the epoch of best validation accuracy, edges dropped at {EDGES}; one setting "
+        "for all depths (published: 128 units, 400 epochs, each cell tuned).",
         remarks=(
+            "Learning rate and weight decay are the published ones of the 2-layer cell. With a weight decay of 5e-4, "
+            "tried first, 8 layers stayed at the majority class with and without DropEdge: nothing to compare.",
             "Broken graphs are tested at the first depth: half of the edges gone, or half as many false ones more.",
         ),
     )  # fmt: skip
@@ -119,7 +121,7 @@ def train(graph: Graph, depth: int, rate: float, *, seed: int, epochs: int) -> t
         torch.manual_seed(seed)
         network = _Network(graph.x.shape[1], int(graph.y.max()) + 1, depth)
     model = GraphDropout(network, edges=rate)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, weight_decay=5e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.007, weight_decay=1e-5)
     best, weights = -1.0, {}
     for epoch in range(epochs):
         model.train()
@@ -198,5 +200,6 @@ CLAIM = Claim(
         Rule("published_deep", "published gain at 8 layers, points", "shown"),
     ),
     experiment=experiment,
+    seconds=120,
     extras=("graphs",),
 )  # fmt: skip

@@ -10,15 +10,15 @@ from torch import Tensor
 import dropkit.nn as dnn
 from dropkit.claims.claim import Chart, Claim, Findings, Measured, Rule, Series, Setting
 from dropkit.claims.data import table
-from dropkit.claims.draws import BOUND, beside_law, difference, measured_series, variance_figure
-from dropkit.claims.linear import (
+from dropkit.claims.experiments.draws import BOUND, beside_law, difference, measured_series, variance_figure
+from dropkit.claims.experiments.linear import (
     descend,
     dropout_weights,
     linear_network,
     standardised_table,
     wide,
 )
-from dropkit.claims.networks import over_seeds, train
+from dropkit.claims.experiments.networks import over_seeds, train
 from dropkit.functional import dropout
 from dropkit.masks import masks
 from dropkit.measure import variance_law

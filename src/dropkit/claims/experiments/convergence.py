@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dropkit.claims.claim import Chart, Claim, Findings, Rule, Series, Setting
 from dropkit.claims.data import Images, images
-from dropkit.claims.networks import Networks, line, over_seeds, train
+from dropkit.claims.experiments.networks import Networks, line, over_seeds, train
 from dropkit.training import Candidate, Fold, Plan, Search
 from dropkit.training.search import search_candidates
 

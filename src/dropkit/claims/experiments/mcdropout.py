@@ -9,9 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from dropkit.claims.claim import Chart, Claim, Findings, Measured, Rule, Series, Setting, critical
-from dropkit.claims.networks import Networks, line, over_seeds, train
-from dropkit.claims.spread import LinearSpread, between_clusters, linear_spread
-from dropkit.claims.unseen import BINS, Kinds, Quality, committees, ensembles_of, kinds
+from dropkit.claims.experiments.networks import Networks, line, over_seeds, train
+from dropkit.claims.experiments.spread import LinearSpread, between_clusters, linear_spread
+from dropkit.claims.experiments.unseen import BINS, Kinds, Quality, committees, ensembles_of, kinds
 from dropkit.training import Fold
 
 RATE, LOW_RATE = 0.5, 0.1  # of hidden units

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dropkit.claims.claim import Chart, Claim, Findings, Rule, Setting
 from dropkit.claims.data import UCI, Table, table
-from dropkit.claims.likelihoods import HIDDEN, RATES, Floats, Scores, score
-from dropkit.claims.networks import line, over_seeds
+from dropkit.claims.experiments.likelihoods import HIDDEN, RATES, Floats, Scores, score
+from dropkit.claims.experiments.networks import line, over_seeds
 
 SHORT = ("boston", "concrete", "energy")
 

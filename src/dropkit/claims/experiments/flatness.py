@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dropkit.claims.claim import Chart, Claim, Findings, Measured, Rule, Series, Setting, critical
 from dropkit.claims.data import Images, images
-from dropkit.claims.networks import Networks, drawn_folds, line, over_seeds, train
+from dropkit.claims.experiments.networks import Networks, drawn_folds, line, over_seeds, train
 from dropkit.measure import Flatness, flatness
 from dropkit.training import Fold
 

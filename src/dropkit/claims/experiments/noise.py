@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dropkit.claims.claim import Chart, Claim, Findings, Measured, Rule, Series, Setting
 from dropkit.claims.data import images
-from dropkit.claims.draws import BOUND, beside_law, measured_series
-from dropkit.claims.linear import dropout_weights, linear_network, standardised_table, wide
-from dropkit.claims.networks import Networks, over_seeds
-from dropkit.claims.second_order import TRAINED, image_networks
+from dropkit.claims.experiments.draws import BOUND, beside_law, measured_series
+from dropkit.claims.experiments.linear import dropout_weights, linear_network, standardised_table, wide
+from dropkit.claims.experiments.networks import Networks, over_seeds
+from dropkit.claims.experiments.second_order import TRAINED, image_networks
 from dropkit.functional import dropout
 from dropkit.masks import masks
 from dropkit.measure import gradient_noise

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import dropkit.nn as dnn
-from dropkit.claims.networks import Networks, train
+from dropkit.claims.experiments.networks import Networks, train
 from dropkit.committee import Committee
 from dropkit.measure.linear import ridge
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dropkit.claims.claim import Chart, Claim, Findings, Rule, Setting
 from dropkit.claims.data import images, table
-from dropkit.claims.networks import drawn_folds, error_percent, line, over_seeds, train
+from dropkit.claims.experiments.networks import drawn_folds, error_percent, line, over_seeds, train
 from dropkit.measure import Stability, stability
 from dropkit.nn import Dropout
 from dropkit.training import Fold

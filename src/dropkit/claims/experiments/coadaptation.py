@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dropkit.claims.claim import Chart, Claim, Findings, Rule, Setting
 from dropkit.claims.data import images
-from dropkit.claims.networks import Networks, error_percent, line, over_seeds, train
+from dropkit.claims.experiments.networks import Networks, error_percent, line, over_seeds, train
 
 RATES = (0.0, 0.2, 0.5)
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

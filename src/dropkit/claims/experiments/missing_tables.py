@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dropkit.claims import networks
 from dropkit.claims.data import Table
+from dropkit.claims.experiments import networks
 from dropkit.fields.missing import Mechanism, MissingInputs
 from dropkit.training import Fold
 

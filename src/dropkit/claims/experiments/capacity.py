@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dropkit.claims.claim import Chart, Claim, Findings, Rule, Series, Setting
 from dropkit.claims.data import images, table
-from dropkit.claims.networks import Networks, drawn_folds, error_percent, line, over_seeds, train
+from dropkit.claims.experiments.networks import Networks, drawn_folds, error_percent, line, over_seeds, train
 from dropkit.measure import capacity
 from dropkit.nn import Dropout
 

@@ -9,10 +9,16 @@ from torch import Tensor
 
 from dropkit.claims.claim import Chart, Claim, Findings, Measured, Rule, Series, Setting
 from dropkit.claims.data import images
-from dropkit.claims.draws import measured_series
-from dropkit.claims.linear import descend, dropout_weights, linear_network, standardised_table, wide
-from dropkit.claims.networks import over_seeds
-from dropkit.claims.second_order import (
+from dropkit.claims.experiments.draws import measured_series
+from dropkit.claims.experiments.linear import (
+    descend,
+    dropout_weights,
+    linear_network,
+    standardised_table,
+    wide,
+)
+from dropkit.claims.experiments.networks import over_seeds
+from dropkit.claims.experiments.second_order import (
     TRAINED,
     hidden_penalties,
     image_networks,

@@ -9,8 +9,8 @@ import torch
 
 import dropkit.nn as dnn
 from dropkit.claims.claim import Chart, Claim, Findings, Measured, Rule, Setting
-from dropkit.claims.draws import BOUND, beside_law, mean_figure, measured_series, variance_figure
-from dropkit.claims.kinds import KINDS, Draws, Kind
+from dropkit.claims.experiments.draws import BOUND, beside_law, mean_figure, measured_series, variance_figure
+from dropkit.claims.experiments.kinds import KINDS, Draws, Kind
 from dropkit.masks import masks
 
 # No 1/2 among them, where the squared distance from the mean is the same for what falls and what stays: the measured

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from dropkit.claims.claim import Chart, Claim, Findings, Measured, Rule, Series, Setting
 from dropkit.claims.data import images
-from dropkit.claims.draws import measured_series
-from dropkit.claims.linear import dropout_weights, linear_network, standardised_table, wide
-from dropkit.claims.networks import Networks, over_seeds
-from dropkit.claims.second_order import TRAINED, image_networks, set_rate
+from dropkit.claims.experiments.draws import measured_series
+from dropkit.claims.experiments.linear import dropout_weights, linear_network, standardised_table, wide
+from dropkit.claims.experiments.networks import Networks, over_seeds
+from dropkit.claims.experiments.second_order import TRAINED, image_networks, set_rate
 from dropkit.masks import masks
 from dropkit.measure import gradient_bias
 from dropkit.measure.gradient_bias import GradientBias

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dropkit.claims.data import images
-from dropkit.claims.networks import Networks
+from dropkit.claims.experiments.networks import Networks
 from dropkit.committee.calibrate import Temperature
 from dropkit.committee.information import entropy, mutual_information
 from dropkit.committee.prediction import ClassificationPrediction

@@ -10,8 +10,8 @@ from torch import Tensor
 import dropkit.nn as dnn
 from dropkit.claims import data
 from dropkit.claims.claim import Chart, Claim, Findings, Measured, Rule, Series, Setting, critical
-from dropkit.claims.missing_tables import Way, standardised, test_errors
-from dropkit.claims.networks import over_seeds
+from dropkit.claims.experiments.missing_tables import Way, standardised, test_errors
+from dropkit.claims.experiments.networks import over_seeds
 from dropkit.fields.missing import MissingInputs, mcar
 from dropkit.fields.missing.mechanisms import SITE
 from dropkit.masks import masks
@@ -128,4 +128,5 @@ CLAIM = Claim(
         Rule("indicators", "what telling the network where holes are brings beside it, 40 % missing", "shown"),
     ),
     experiment=experiment,
+    seconds=12,
 )  # fmt: skip
