@@ -497,6 +497,7 @@ KILLING = """
 import json, os, random, shutil, signal, sys
 from pathlib import Path
 import torch
+import torch._dynamo  # torch's optimizers load it; here, so that not every process does
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from table_examples import measurements
@@ -571,4 +572,4 @@ def test_a_process_killed_30_times_ends_with_the_same_bytes(tmp_path):
     ran = subprocess.run(words, capture_output=True, text=True, check=False, env=one)
     assert ran.returncode == 0, ran.stderr[-3000:]
     # Not all of the kills fell into the beginning.
-    assert json.loads(ran.stdout.splitlines()[-1]) == {"kills": 30, "stages": ["fit", "search-0", "search-1"]}
+    assert json.loads(ran.stdout.splitlines()[-1]) == {"kills": 30, "stages": ["fit", "search-0"]}
