@@ -64,6 +64,14 @@ def line() -> tuple[nn.Module, Tensor, Tensor, Tensor, Inspection]:
     return model, x, y, w, dk.inspect(model, x, y, members=400, batch=8, columns=["a", "b", "c", "d"])
 
 
+def test_a_deep_inspection_reads_three_instruments_more(line) -> None:
+    model, x, y, _, found = line
+    deep = dk.inspect(model, x[:40], y[:40], members=8, deep=True)
+    more = {"flatness", "capacity", "stability"}
+    assert not more & {reading.instrument for reading in found.readings}
+    assert more <= {reading.instrument for reading in deep.readings}, deep.skipped
+
+
 def test_noise_over_signal_is_the_ratio_of_two_variances(line) -> None:
     _, x, _, _, found = line
     (site,) = found.sites
