@@ -322,7 +322,9 @@ def test_when_all_are_damaged_it_is_an_error_that_says_what_to_do(tmp_path):
     filled(tmp_path / "run")
     for file in (tmp_path / "run").glob("*/tensors.safetensors"):
         file.unlink()
-    with pytest.raises(CheckpointError, match=r"No checkpoint is in order: .* missing .* Delete .*run"):
+    with pytest.raises(
+        CheckpointError, match=r"No checkpoint is in order: .* missing from the checkpoint\. Delete .*run"
+    ):
         taken(tmp_path / "run")
 
 

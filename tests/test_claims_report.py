@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import claim_examples as examples
 from dropkit.claims import Chart, Results, Series, Setting
 from dropkit.claims.figures import draw
-from dropkit.claims.marks import power
+from dropkit.claims.marks import looks_of, power
 from dropkit.claims.page import headline, page_of, to_html
 from dropkit.claims.runner import write_report
 from test_browser import COLOURS, DRAWN, OVERLAPS, Opened, browser, contrast, lightness
@@ -171,6 +171,13 @@ def test_predictions_have_the_colours_of_what_they_predict_where_each_has_one(se
     )
     dashed = [line for line in draw(chart, "c").split("<path") if "stroke-dasharray" in line]
     assert {re.search(r"stroke: var\(--(\w+)\)", line)[1] for line in dashed} == colours
+
+
+def test_no_two_of_six_series_and_no_two_of_three_predictions_look_alike():
+    measured = [Series(f"m{i}", (1.0, 2.0), (i, i + 1.0), (), "measured") for i in range(6)]
+    assert len(set(looks_of(measured))) == 6
+    laws = [Series(f"p{i}", (1.0, 2.0), (i, i + 1.0), (), "predicted") for i in range(3)]
+    assert len(set(looks_of([*measured[:1], *laws]))) == 4
 
 
 def test_few_places_are_ticks_themselves():

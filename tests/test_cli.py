@@ -192,6 +192,11 @@ WORDS = {
         ["fit", "{}/t.csv", "--target", "y", "--out", "{}", "--force"],
         "not even --force replaces it",
     ),
+    "ray for one": (["fit", "{}/t.csv", "--target", "y", "--engine", "ray"], "--workers 2 or more"),
+    "predictions over their table": (
+        ["predict", "{}/model", "{}/t.csv", "--out", "{}/t.csv", "--force"],
+        "t.csv",
+    ),
     "out too long": (["fit", "{}/t.csv", "--target", "y", "--out", "m" * 300], "File name too long"),
     "no such option": (["fit", "{}/t.csv", "--epochs", "3"], "No such option: --epochs"),
     "no such command": (["train"], "No such command 'train'"),

@@ -73,3 +73,19 @@ def test_a_model_without_dropout_or_with_rows_too_few_or_not_finite_is_one_line(
     measurements().assign(x=np.inf).to_csv("infinite.csv", index=False)
     for words, said in refused_by_name:
         refused(dropkit(*words, *FEW), said)
+
+
+@pytest.mark.parametrize("option", [("--out",), ("--new", "{}/k.csv", "--out")])
+def test_force_replaces_no_table_that_is_read(dropkit, tables, model, option):
+    read = tables / "k.csv" if len(option) > 1 else tables / "t.csv"
+    before = read.read_bytes()
+    words = [word.replace("{}", str(tables)) for word in option]
+    refused(dropkit("inspect", model, tables / "t.csv", *words, read, "--force"), "is the table that is read")
+    assert read.read_bytes() == before
+
+
+def test_a_log_does_not_replace_the_table(dropkit, tables):
+    before = (tables / "t.csv").read_bytes()
+    words = ["--target", "y", "--effort", "quick", "--max-epochs", "1", "--force", "--log"]
+    refused(dropkit("fit", tables / "t.csv", *words, tables / "t.csv"), "is the table that is read")
+    assert (tables / "t.csv").read_bytes() == before

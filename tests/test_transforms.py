@@ -7,6 +7,7 @@ import hashlib
 import multiprocessing
 import pickle
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -115,6 +116,7 @@ OPERATORS = {
         (ADDRESS, EDGES, GRAPH_OF_EACH, GRAPH_OF_EACH[EDGES[0]], RATE),
     ],
     "dropkit::keep_off_walks": [(ADDRESS, ADDRESS + 1, EDGES, None, RATE, 9, 2, 3, False)],
+    "dropkit::rate_at_step": [([0, 5], [0.1, 0.3], "Dropout")],
 }
 
 
@@ -138,10 +140,11 @@ def test_every_operator_keeps_torchs_contract(operator, arguments):
     namespace, _, name = operator.partition("::")
     # A draw is marked as random: it may differ from run to run, and is not compared between eager and compiled.
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(
-        getattr(getattr(torch.ops, namespace), name).default, arguments,
-        test_utils=utilities[:3] if name == "draw" else utilities,
-    )  # fmt: skip
+    with dk.masks(seed=0, step=5) if name == "rate_at_step" else nullcontext():
+        torch.library.opcheck(
+            getattr(getattr(torch.ops, namespace), name).default, arguments,
+            test_utils=utilities[:3] if name == "draw" else utilities,
+        )  # fmt: skip
 
 
 # torch.func.

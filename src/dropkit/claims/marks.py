@@ -15,10 +15,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from numpy.typing import NDArray
 
 from dropkit.claims.claim import Series
-from dropkit.report.drawing import FIRST, INK, MUTED, SECOND, THIRD
+from dropkit.report.drawing import FIRST, FOURTH, INK, MUTED, SECOND, THIRD
 from dropkit.report.wording import printable
 
-COLOURS, MARKERS = (FIRST, SECOND, THIRD, INK, MUTED), ("o", "s", "D", "^", "v")
+COLOURS, MARKERS = (FIRST, SECOND, THIRD, INK, MUTED, FOURTH), ("o", "s", "D", "^", "v", "P")
+UNPAIRED = (MUTED, INK, THIRD, FOURTH)  # of predictions that belong to no series
 DASHES = (0, (4, 3))
 MOST_TICKS = 8  # places on a logarithmic axis that are named one by one
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -47,7 +48,7 @@ def looks_of(series: Sequence[Series]) -> list[tuple[str, str]]:
     for one in series:
         if one.style == "predicted" and not paired:
             place = lines.index(one)
-            found.append((MUTED if place % 2 == 0 else INK, ""))
+            found.append((UNPAIRED[place % len(UNPAIRED)], ""))
         else:
             place = (lines if one.style == "predicted" else seen).index(one)
             found.append((COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]))

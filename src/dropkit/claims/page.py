@@ -174,7 +174,7 @@ def finished_section(outcome: Outcome) -> ClaimSection:
     )
     notes = (
         ("Data", (outcome.data,)),
-        ("Setup", (outcome.setup,)),
+        ("Setup", (outcome.setup.replace("`", ""),)),
         ("Remarks", outcome.remarks),
     )
     return ClaimSection(

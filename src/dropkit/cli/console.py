@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dropkit.errors import DropkitError
+from dropkit.errors import DropkitError, OptionError
 
 if TYPE_CHECKING:
     from dropkit.training import Progress
 
 Table = Annotated[
-    Path | None, typer.Argument(help="CSV or Parquet file; without one, a real data set that comes along.")
+    Path | None,
+    typer.Argument(
+        help="CSV or Parquet file, or a folder of Parquet files; without one, a real data set that comes along."
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -115,6 +118,13 @@ def logs(
         if tensorboard is not None:
             writers.append(open_logs.enter_context(TensorBoard(tensorboard)))
         yield follow(*writers)
+
+
+def keep_tables(output: Path | None, *tables: Path | None) -> None:
+    """Refuse an output that is a table which is read: --force replaces results, never data."""
+    for table in tables:
+        if output and table and output.exists() and table.exists() and output.samefile(table):
+            raise OptionError(f"{output} is the table that is read; it is not replaced. Give another path.")
 
 
 def command_line(*without: str) -> str:

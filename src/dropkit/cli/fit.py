@@ -15,6 +15,7 @@ from dropkit.cli.console import (
     Header,
     Table,
     command_line,
+    keep_tables,
     logs,
     one_line_errors,
     progress_line,
@@ -78,7 +79,7 @@ def fit(
     ] = None,
     log: Annotated[
         Path | None,
-        typer.Option(help="JSON-lines file: losses, gap, rate, one line a look.", show_default="none"),
+        typer.Option(help="JSON-lines file outside OUT: losses, gap, rate, one line a look.", show_default="none"),
     ] = None,
     tensorboard: Annotated[
         Path | None, typer.Option(help="Folder of a log for TensorBoard.", show_default="none")
@@ -108,6 +109,11 @@ def fit(
             raise OptionError(
                 f"{table} was given without a target. Say which column to predict: --target COLUMN."
             )
+        if engine is Engine.ray and workers == 1:
+            raise OptionError(
+                "--engine ray was given for one worker, who needs none. Give --workers 2 or more."
+            )
+        keep_tables(log, table)
         options = FitOptions(
             task=task.value,
             rate=_rate(rate),

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dropkit.cli.console import AsJson, Force, Header, Table, command_line, one_line_errors
+from dropkit.cli.console import AsJson, Force, Header, Table, command_line, keep_tables, one_line_errors
 from dropkit.errors import OptionError
 
 
@@ -45,6 +45,7 @@ def inspect(
         from dropkit.tables.reading import open_table
 
         check_output(out, force=force)
+        keep_tables(out, table, new)
         loaded = TableModel.read(model)
         if table is None and loaded.target.name != DEMO_TARGET:
             raise OptionError(

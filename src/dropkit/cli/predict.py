@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dropkit.cli.console import AsJson, Force, Header, Table, one_line_errors
+from dropkit.cli.console import AsJson, Force, Header, Table, keep_tables, one_line_errors
 from dropkit.errors import OptionError
 
 
@@ -50,6 +50,7 @@ def predict(
             return
         from dropkit.jobs import predict_table
 
+        keep_tables(out if force else None, table)
         place = out or Path("predictions.csv")
         summary = predict_table(
             model, table, place, force=force,

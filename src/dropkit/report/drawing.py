@@ -24,7 +24,7 @@ from dropkit.report.wording import printable
 
 # Stand-ins no one would pick, so that none can be mistaken for a colour that was meant.
 INK, MUTED, GRID, PAPER = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04"
-FIRST, SECOND, THIRD = "#0a0b05", "#0a0b06", "#0a0b07"
+FIRST, SECOND, THIRD, FOURTH = "#0a0b05", "#0a0b06", "#0a0b07", "#0a0b08"
 VARIABLES = {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
@@ -33,6 +33,7 @@ VARIABLES = {
     FIRST: "var(--first)",
     SECOND: "var(--second)",
     THIRD: "var(--third)",
+    FOURTH: "var(--fair)",
 }
 
 # One unit of the drawing is about 1.5 px beside the text and 1 px on a phone, so 9.5 is readable on both.

@@ -204,7 +204,7 @@ class Checkpoints:
             try:
                 content = from_files(read_directory(path, CHECKPOINT).files)
             except ModelDirectoryError as error:  # names the file
-                damage = damage or str(error)
+                damage = damage or str(error).removesuffix(f" {CHECKPOINT.again}")  # what follows says which
                 continue
             except ValueError as error:
                 damage = damage or f"{path} holds no state: {error}."
@@ -250,6 +250,10 @@ def _names(folder: Path) -> list[str]:
         return [entry.name for entry in folder.iterdir() if entry.is_dir()]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise OutputError(
+            f"{folder} could not be looked at: {error.strerror or error}. Give a folder you may read and write."
+        ) from None
 
 
 def _remove(path: Path) -> None:
