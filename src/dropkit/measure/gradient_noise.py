@@ -82,10 +82,12 @@ class GradientNoise(Measurement):
 
     def to_text(self) -> str:
         """What the noise is, against the plain one, and what sharing masks would do."""
+        near = abs(float(self.measured) - self.plain) < 2 * float(self.standard_error)
+        chance = " (a difference that chance may make)" if near else ""
         text = (
             f"With batches of {self.batch}, dropout makes the gradient's variance "
             f"{self.inflation:.3g} times what it is "
-            f"without: {with_error(self.measured, self.standard_error)} "
+            f"without{chance}: {with_error(self.measured, self.standard_error)} "
             f"{said_of_prediction(self.predicted, self.formula)}. One mask for the whole batch would give "
             f"{with_error(self.shared, self.shared_error)}: that part does not shrink with the batch."
         )
