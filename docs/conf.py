@@ -46,4 +46,5 @@ smartquotes = False
 html_theme = "furo"
 html_title = f"dropkit {version}"
 html_copy_source = False
+html_extra_path = ["extra"]  # copied as they are: the report of the claims
 html_show_sourcelink = False

@@ -79,7 +79,9 @@ def fit(
     ] = None,
     log: Annotated[
         Path | None,
-        typer.Option(help="JSON-lines file outside OUT: losses, gap, rate, one line a look.", show_default="none"),
+        typer.Option(
+            help="JSON-lines file outside OUT: losses, gap, rate, one line a look.", show_default="none"
+        ),
     ] = None,
     tensorboard: Annotated[
         Path | None, typer.Option(help="Folder of a log for TensorBoard.", show_default="none")

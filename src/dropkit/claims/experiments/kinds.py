@@ -106,7 +106,7 @@ def _block(rate: float, draws: int, seed: int) -> Draws:
 
 def _connect(rate: float, draws: int, seed: int) -> Draws:
     """Weights fall: Var u = p/q sum w^2 x^2."""
-    plain = nn.Linear(4, 3, dtype=torch.float64)
+    plain = nn.Linear(4, 3, bias=False, dtype=torch.float64)
     with torch.no_grad():
         plain.weight.copy_(activations(3, 4))
         module, x = dnn.DropConnect(plain, rate), activations(4).expand(draws, 4)
