@@ -112,6 +112,14 @@ def test_an_experiment_measures_what_its_rules_ask_and_exact_laws_hold_in_any_si
     assert "in place of" in findings.data or module is inverted
 
 
+def test_no_kind_of_dropout_hangs_on_torchs_own_generator() -> None:
+    found = []
+    for state in (1, 2):
+        torch.manual_seed(state)
+        found.append(run(inverted).figures)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("module", [inverted, noise], ids=lambda module: module.CLAIM.name)
 def test_equal_seeds_give_equal_findings_and_other_seeds_other_figures(module: Any) -> None:
     first, again, other = tiny(module), run(module), run(module, seed=7)
