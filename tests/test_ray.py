@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +55,6 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for k, (start, length) in enumerate(((0, 2600), (2600, 1), (2601, 2399))):
         pq.write_table(rows.slice(start, length), folder / f"{k}.parquet", row_group_size=700)
     return folder
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """Two CPUs of this machine, and nothing that anybody is told."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
-
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=200_000_000,
-        logging_level="ERROR",
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own, of the packages that it brings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,24 +16,10 @@ from dropkit.engines import workers as crew
 from dropkit.errors import EngineError, OptionError, ProbabilityError
 from test_workers import by_workers, same_bits, table
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, of the packages that it brings
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cluster() -> Iterator[None]:
-    """Two CPUs, and nothing that anybody is told."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
-
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=200_000_000,
-        logging_level="ERROR",
-        log_to_driver=False,
-    )
-    yield
-    ray.shutdown()
+pytestmark = [
+    pytest.mark.usefixtures("cluster"),
+    pytest.mark.filterwarnings("ignore"),  # Ray's own, of the packages that it brings
+]
 
 
 @pytest.fixture(autouse=True)
